@@ -1,0 +1,24 @@
+"""Hinton et al. 2015, Sec. 3, on the 60,000 + 10,000 digits of MNIST (TFDS).
+
+The arguments are those of mnist5k.py; `few_labels` is 3% of the training set.
+"""
+
+from configs.hinton import mnist5k
+
+
+def get_config(arg="temperature"):
+  """The settings of the studies in `arg`; see mnist5k.py."""
+  c = mnist5k.get_config(arg, fraction=0.03)
+  c.dataset = "mnist"
+  c.seeds = (0, 1, 2, 3, 4)
+  c.holdout *= 10
+  c.eval_every = 480
+  c.save_every = 1200
+  c.log_every = 120
+  c.teacher.batch_size = 250
+  c.teacher.steps = 2880  # 12 epochs
+  c.student.batch_size = 250
+  c.student.steps = 2400  # 10 epochs of all examples
+  if "demo" in arg:
+    c.seeds = (0, 1, 2)
+  return c

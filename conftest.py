@@ -1,0 +1,36 @@
+"""What every test process needs before it imports jax."""
+
+import os
+import pathlib
+import sys
+
+from hypothesis import settings
+
+_ROOT = pathlib.Path(__file__).parent
+_DEVICES = "--xla_force_host_platform_device_count"
+_PYTHON = "{}.{}".format(*sys.version_info)
+_CACHE = _ROOT / ".cache" / f"jax-py{_PYTHON}"
+
+
+def _prepare_environment() -> None:
+  """Sets defaults; what the caller has set in the environment stays."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  if _DEVICES not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {_DEVICES}=8".strip()
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  # XLA sizes its thread pool by this. With fewer threads than devices in
+  # flight, a collective can wait for a thread for ever, and XLA then aborts.
+  os.environ.setdefault("NPROC", "16")
+  # Most of a test's time is compilation.
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+_prepare_environment()
+
+# The same examples in every run, and no time limit: the first example of a
+# test pays for compilation.
+settings.register_profile(
+  "kd_jax", deadline=None, derandomize=True, database=None
+)
+settings.load_profile("kd_jax")

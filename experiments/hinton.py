@@ -1,0 +1,231 @@
+"""Distilling the knowledge in a neural network: soft targets on MNIST.
+
+Hinton, Vinyals & Dean 2015, arXiv:1503.02531, Sec. 3. A teacher MLP with
+dropout and jittered images; students without any regularisation learn from
+its softened probabilities on plain images. The control is the same student,
+for the same steps, on hard labels.
+
+  python -m experiments.hinton --config=configs/hinton/mnist5k.py \
+    --workdir=runs/hinton
+"""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+
+from kd_jax import cli, compression, data, evaluate, losses, models, train
+from kd_jax.data import views
+from kd_jax.errors import check_number, checking
+from kd_jax.reduce import Term
+from kd_jax.scoreboard import Scoreboard
+
+
+def make_loss(model, teacher=None, max_shift=0):
+  """The method: soft targets and hard labels on one view of the images."""
+
+  def loss_fn(params, model_state, frozen, batch, key):
+    images, hparams = batch["image"], frozen["hparams"]
+    if max_shift:
+      keys = views.keys(frozen["view_key"], batch["id"], batch["epoch"])
+      images = views.random_shift(keys, images, max_shift=max_shift)
+    inputs = views.to_float(images)
+    variables = {"params": params["model"], "state": model_state["model"]}
+    out, state = model.apply(variables, inputs, train=True, key=key)
+    hard = losses.cross_entropy(out.logits, batch["label"])
+    terms = {"hard": Term(hard, weight=hparams["hard_weight"])}
+    targets = batch.get("teacher_logits")  # computed once: images do not move
+    if "teacher" in frozen:
+      targets = teacher.apply(frozen["teacher"], inputs)[0].logits
+    if targets is not None:
+      soft = losses.kl(
+        out.logits,
+        jax.lax.stop_gradient(targets),
+        temperature=hparams["temperature"],
+      )
+      terms["soft"] = Term(soft, weight=hparams["soft_weight"])
+    return terms, train.Aux(model_state={"model": state})
+
+  return loss_fn
+
+
+def network(config, settings, num_classes, teacher=None):
+  """An MLP with its training step, shared by all seeds and temperatures."""
+  fields = ("hidden", "dropout", "input_dropout")
+  mlp = models.MLP(num_classes=num_classes, **{k: settings[k] for k in fields})
+  model = models.from_linen(mlp)
+  schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
+  return train.Classifier(
+    model,
+    make_loss(model, teacher, settings.max_shift),
+    optax.adam(schedule),
+    preprocess=views.to_float,
+    how=config.parallel,
+    steps_per_call=config.steps_per_call,
+  )
+
+
+def load(config):
+  """Reads and checks everything before anything is compiled or written."""
+  source = data.load(config.dataset, config.train_split, config.data_dir)
+  test = data.load(config.dataset, config.test_split, config.data_dir)
+  arrays = data.to_arrays(source)
+  n = len(arrays["id"])
+  if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+    raise ValueError(f"seeds is {config.seeds}; it should name distinct seeds")
+  check_number("holdout", config.holdout, least=0, most=n - 1)
+  for name in ("teacher", "student"):
+    check_number(f"{name}.steps", config[name].steps, least=1)
+    check_number(f"{name}.learning_rate", config[name].learning_rate, above=0)
+    train.check_divides(config[name].batch_size, jax.device_count())
+  for name, s in config.students.items():
+    check_number(f"students.{name}.temperature", s.temperature, above=0)
+    check_number(f"students.{name}.soft_weight", s.soft_weight, least=0)
+    check_number(f"students.{name}.hard_weight", s.hard_weight, least=0)
+    check_number(f"students.{name}.fraction", s.fraction, above=0, most=1)
+    for label in s.classes:
+      top = source.num_classes - 1
+      check_number(f"students.{name}.classes", label, least=0, most=top)
+    if s.learn_bias and not config.holdout:
+      raise ValueError(f"students.{name}.learn_bias needs holdout above 0")
+  pool = {k: v[: n - config.holdout] for k, v in arrays.items()}
+  held = {k: v[n - config.holdout :] for k, v in arrays.items()}
+  train.index_batches(0, config.teacher.batch_size, len(pool["id"]))
+  for s in config.students.values():  # raises if too small for a batch
+    size = len(choose(pool, s, config.seeds[0]))
+    train.index_batches(0, config.student.batch_size, size)
+  return source.num_classes, pool, held, data.to_arrays(test)
+
+
+def choose(pool, student, seed):
+  """Positions of a student's transfer set in the training data."""
+  n = len(pool["id"])
+  take = np.isin(pool["label"], student.classes or np.unique(pool["label"]))
+  if student.fraction < 1.0:
+    some = data.batch_ids(seed, 0, max(1, round(student.fraction * n)), n)
+    take &= np.isin(np.arange(n), some)
+  return np.flatnonzero(take)
+
+
+def learn_bias(logits, labels, absent):
+  """What to add to the absent classes for the fewest errors (the middle)."""
+  grid = np.arange(-20.0, 20.05, 0.1)
+  wrong = [np.sum(np.argmax(logits + b * absent, -1) != labels) for b in grid]
+  return float(np.median(grid[np.equal(wrong, np.min(wrong))]))
+
+
+def dark_knowledge(test, teacher_logits, student_logits, temperature):
+  """Eight digits whose soft targets say more than the label."""
+  softmax = lambda z: np.asarray(jax.nn.softmax(z, axis=-1), np.float64)
+  softened = softmax(teacher_logits / temperature)
+  unsure = np.argsort(softened[np.arange(len(softened)), test["label"]])
+  return [
+    {
+      "image": test["image"][i],
+      "label": int(test["label"][i]),
+      "teacher": softmax(teacher_logits[i]).tolist(),
+      "softened": softened[i].tolist(),
+      "student": softmax(student_logits[i]).tolist(),
+    }
+    for i in unsure[: len(unsure) // 10 : max(1, len(unsure) // 80)][:8]
+  ]
+
+
+def body(config, num_classes, pool, held, test, path):
+  """A stage for every network and seed, then the table and the pictures."""
+  board = Scoreboard(test["label"])
+  stages = train.Stages(path, len(config.seeds) * (1 + len(config.students)))
+  teacher_net = network(config, config.teacher, num_classes)
+  nets, costs, examples = {}, {}, []
+
+  def finish(net, settings, name, label, seed, frozen):
+    """Trains one stage; returns its variables and test logits."""
+    workdir, title = stages.enter(f"seed{seed}/{name}", f"{label}, seed {seed}")
+    variables = net.fit(
+      frozen,
+      test,
+      seed,
+      batch_size=settings.batch_size,
+      num_steps=settings.steps,
+      workdir=workdir,
+      title=title,
+      **{k: config[k] for k in ("eval_every", "save_every", "log_every")},
+    )
+    if seed == config.seeds[0]:
+      digits = test["image"][:100]
+      costs[label] = compression.cost(net.logits, variables, digits)
+    return variables, net.predict(variables, test["image"])
+
+  for seed in config.seeds:
+    label = "teacher " + "-".join(map(str, config.teacher.hidden))
+    frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
+    teacher, taught = finish(
+      teacher_net, config.teacher, "teacher", label, seed, frozen
+    )
+    board.add("teacher", taught, title=label, paper=config.teacher.paper)
+    column = teacher_net.predict(teacher, pool["image"])
+    for name, s in config.students.items():
+      if s.hidden not in nets:
+        settings = config.student.copy_and_resolve_references()
+        settings.hidden = s.hidden
+        nets[s.hidden] = network(
+          config, settings, num_classes, teacher_net.model
+        )
+      net = nets[s.hidden]
+      rows = choose(pool, s, seed)
+      transfer = {k: v[rows] for k, v in pool.items()}
+      weights = ("temperature", "soft_weight", "hard_weight")
+      frozen = {"data": transfer, "hparams": {k: s[k] for k in weights}}
+      if config.live_teacher:
+        frozen["teacher"] = teacher
+      else:
+        transfer["teacher_logits"] = column[rows]
+      student, logits = finish(net, config.student, name, s.label, seed, frozen)
+      if not examples:
+        examples = dark_knowledge(test, taught, logits, s.temperature)
+      absent = ~np.isin(np.arange(num_classes), transfer["label"])
+      add = functools.partial(board.add, teacher_logits=taught, absent=absent)
+      add(name, logits, title=s.label, paper=s.paper)
+      if s.learn_bias:
+        guess = net.predict(student, held["image"])
+        bias = learn_bias(guess, held["label"], absent)
+        mended = logits + np.float32(bias) * absent
+        title = f"{s.label}, one bias learned"
+        add(f"{name}+bias", mended, title=title, paper=s.paper_bias, bias=bias)
+
+  curves = stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
+  result = {
+    "experiment": "hinton",
+    "title": f"Soft targets on {config.dataset}: {config.study}",
+    "source": "Hinton et al. 2015, arXiv:1503.02531, Sec. 3",
+    "seeds": list(config.seeds),
+    "metric": {
+      "name": "test errors",
+      "unit": f"of {len(test['id'])}",
+      "better": "lower",
+    },
+    "data": {
+      "name": config.dataset,
+      "train": len(pool["id"]),
+      "held out": len(held["id"]),
+      "test": len(test["id"]),
+    },
+    "rows": board.rows,
+    "comparisons": board.compare(config.claims),
+    "models": costs,
+  }
+  return result, {"curves": curves, "examples": examples}
+
+
+def run(config, workdir):
+  """Trains teachers and students for every seed; returns the result."""
+  with checking():
+    inputs = load(config)
+  return train.record(
+    lambda path: body(config, *inputs, path), config.to_dict(), workdir
+  )
+
+
+if __name__ == "__main__":
+  cli.main(run)

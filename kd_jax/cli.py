@@ -1,0 +1,131 @@
+"""The command line of every experiment: config, overrides, exit codes.
+
+`python -m experiments.NAME --config=configs/NAME/SETTING.py[:ARG,key=value]
+--workdir=DIR [--config.key=value]`.
+
+Exit codes: 0 done, 1 the run failed, 2 the input was wrong (nothing was
+touched), 143 stopped by SIGTERM with its state saved.
+"""
+
+from collections.abc import Callable, Mapping
+import difflib
+
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from kd_jax.errors import BadInput
+
+
+def main(
+  run: Callable[[ConfigDict, str], Mapping[str, Any]],
+  argv: list[str] | None = None,
+) -> None:
+  """Parses the command line, calls `run(config, workdir)`, and exits.
+
+  Args:
+    run: the experiment. It raises `BadInput` for wrong input.
+    argv: the command line with the program's name; `sys.argv` by default.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "workdir", None, "Where the run writes; resumes there.", flag_values=values
+  )
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, as configs/hinton/mnist5k.py:demo.",
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
+    "help", False, "Show this text.", short_name="h", flag_values=values
+  )
+  try:
+    config, workdir = _parse(argv, values)
+  except BadInput as error:
+    _leave(error)
+  logging.set_verbosity(logging.WARNING)  # orbax and tfds tell a lot
+  try:
+    run(config, workdir)
+  except BadInput as error:
+    _leave(error)
+  except FloatingPointError as error:
+    _leave(error, code=1)
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on", file=sys.stderr)
+    sys.exit(130)
+
+
+def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
+  if any(a in ("--help", "-help", "-h") for a in argv[1:]):
+    print(f"{__doc__}\n{values.main_module_help() or values}")
+    sys.exit(0)
+  argv = _expand(argv)
+  try:
+    rest = values(argv)
+  except (
+    flags.Error,
+    AttributeError,
+    LookupError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise BadInput(_explain(error, values)) from error
+  if len(rest) > 1:
+    raise BadInput(f"unexpected argument {rest[1]!r}; options start with --")
+  if values["config"].value is None:
+    raise BadInput(
+      "--config is missing; as --config=configs/NAME/SETTING.py, see configs/"
+    )
+  if not values["workdir"].value:
+    raise BadInput("--workdir is missing; as --workdir=runs/first")
+  return values["config"].value, values["workdir"].value
+
+
+def _expand(argv: list[str]) -> list[str]:
+  """Turns `--config=FILE:ARG,key=value` into an ARG and overrides."""
+  out = []
+  for i, arg in enumerate(argv):
+    match = re.fullmatch(r"--?config=([^:]*)(?::(.*))?", arg)
+    if not match:
+      if arg in ("--config", "-config"):
+        raise BadInput("write --config=FILE, with an equals sign")
+      out.append(arg)
+      continue
+    file, spec = match.groups()
+    if not pathlib.Path(file).is_file():
+      there = sorted(str(p) for p in pathlib.Path("configs").glob("*/*.py"))
+      close = difflib.get_close_matches(file, there, n=1, cutoff=0.3)
+      hint = f"; did you mean {close[0]}?" if close else ""
+      raise BadInput(f"--config: there is no file {file}{hint}")
+    parts = (spec or "").split(",")
+    name = "" if "=" in parts[0] else parts.pop(0)
+    out.append(f"--config={file}" + (f":{name}" if name else ""))
+    for part in filter(None, parts):
+      key, equals, value = part.partition("=")
+      if not equals:
+        raise BadInput(f"--config: {part!r} in {arg!r} should be key=value")
+      argv[i + 1 : i + 1] = []
+      out.append(f"--config.{key}={value}")
+  return out
+
+
+def _explain(error: Exception, values: flags.FlagValues) -> str:
+  """One line for what absl and ml_collections raise on a bad command line."""
+  text = " ".join(str(error).split())
+  if isinstance(error, KeyError) and error.args:
+    text = " ".join(str(error.args[0]).split())
+  return text or type(error).__name__
+
+
+def _leave(error: Exception, code: int = 2) -> None:
+  line = " ".join(str(error).split())
+  print(f"error: {line}", file=sys.stderr)
+  sys.exit(code)

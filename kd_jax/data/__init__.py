@@ -1,0 +1,23 @@
+"""Data: sources, the order of batches, views on device, preparation.
+
+The names here need NumPy only; what reads TFDS or Grain imports them when it
+is called. `kd_jax.data.views` (JAX) and `kd_jax.data.prepare` (a command) are
+imported by name.
+"""
+
+from kd_jax.data.order import batch_ids, epoch_of, eval_batches
+from kd_jax.data.source import Source, batch_at, host_batches, to_arrays
+from kd_jax.data.sources import embedded, load, tfds
+
+__all__ = [
+  "Source",
+  "batch_at",
+  "batch_ids",
+  "embedded",
+  "epoch_of",
+  "eval_batches",
+  "host_batches",
+  "load",
+  "tfds",
+  "to_arrays",
+]

@@ -1,0 +1,77 @@
+"""The one exception that means "the input was wrong, nothing was done"."""
+
+from collections.abc import Iterator
+import contextlib
+import math
+
+
+class BadInput(ValueError):
+  """Wrong input, found before anything was compiled or written.
+
+  Commands print its message as one line and exit with code 2.
+  """
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+  """Turns errors about the input into `BadInput`, keeping their message.
+
+  Experiments wrap what they do before the first side effect, that is reading
+  the config and the data, so that a real bug later keeps its traceback.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    BadInput: from ValueError, TypeError, LookupError, AttributeError, OSError
+      and ImportError raised in the block.
+  """
+  try:
+    yield
+  except BadInput:
+    raise
+  except (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OSError,
+    ImportError,
+  ) as error:
+    message = str(error)
+    if isinstance(error, KeyError):  # str() of a KeyError is its repr
+      message = str(error.args[0]) if error.args else "missing key"
+    raise BadInput(message or type(error).__name__) from error
+
+
+def check_number(
+  name: str,
+  value: float,
+  *,
+  above: float | None = None,
+  least: float | None = None,
+  most: float | None = None,
+) -> None:
+  """Raises ValueError unless a number is finite and in its range.
+
+  Args:
+    name: what to call it in the message.
+    value: the number.
+    above: it must be larger than this.
+    least: it must be at least this.
+    most: it must be at most this.
+  """
+  wanted = []
+  fine = math.isfinite(value)
+  if above is not None:
+    wanted.append(f"above {above:g}")
+    fine = fine and value > above
+  if least is not None:
+    wanted.append(f"at least {least:g}")
+    fine = fine and value >= least
+  if most is not None:
+    wanted.append(f"at most {most:g}")
+    fine = fine and value <= most
+  if not fine:
+    wanted = ["finite", *wanted] if not math.isfinite(value) else wanted
+    raise ValueError(f"{name} is {value}; it should be {' and '.join(wanted)}")

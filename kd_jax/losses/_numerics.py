@@ -1,0 +1,140 @@
+"""Softmax arithmetic that stays right where the plain formulas do not.
+
+With p the teacher's and q the student's distribution, everything here works
+on three arrays: log p, log q and log(q / p). The ratio is kept on its own,
+since near equality, and at high temperatures, the difference of two rounded
+logarithms is all rounding.
+"""
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+# A logit below this, so -inf or the lowest float of its dtype, says that the
+# class does not exist.
+ABSENT = -1e30
+# Stands for log 0. Large against any log-probability that logits within
+# +-1e4 give, small enough for sums and gradients to stay finite.
+LOG_ZERO = -1e5
+
+
+class LogPair(NamedTuple):
+  """Two distributions over the same classes.
+
+  Attributes:
+    log_p: [..., classes] float32, the teacher's log-probabilities.
+    log_q: [..., classes] float32, the student's.
+    log_ratio: [..., classes] float32, log(q / p).
+  """
+
+  log_p: jax.Array
+  log_q: jax.Array
+  log_ratio: jax.Array
+
+
+def log_softmax_pair(
+  student: jax.Array,
+  teacher: jax.Array,
+  temperature: jax.Array,
+  teacher_temperature: jax.Array | None,
+  axis: int,
+) -> LogPair:
+  """Log-probabilities of student and teacher, and their accurate ratio.
+
+  Args:
+    student: [..., classes] float32 logits; below `ABSENT`: no such class.
+    teacher: [..., classes] float32 logits.
+    temperature: scalar, the student's.
+    teacher_temperature: scalar, the teacher's; None: the student's.
+    axis: the class axis.
+
+  Returns:
+    A `LogPair`. A class absent on both sides has log_ratio 0, one absent on
+    one side a log-probability of `LOG_ZERO` there.
+  """
+  scale: jax.Array | float = 1.0
+  if teacher_temperature is None:
+    teacher_temperature = temperature
+  else:
+    scale = teacher_temperature / temperature
+  p = _softmax_parts(teacher, teacher_temperature, axis)
+  q = _softmax_parts(student, temperature, axis)
+  both = p.present & q.present
+  # Subtracted before any rounding: exact for logits that are nearly equal.
+  # The normalisers' rounding is the same for all classes of an example, and
+  # cancels to first order in the divergences and in their gradients.
+  gap = jnp.where(both, student, 0.0) * scale - jnp.where(both, teacher, 0.0)
+  gap = (gap - (q.top * scale - p.top)) / teacher_temperature
+  log_ratio = jnp.where(
+    both, gap - (q.log_total - p.log_total), q.log_prob - p.log_prob
+  )
+  return LogPair(p.log_prob, q.log_prob, log_ratio)
+
+
+def log_softmax(
+  logits: jax.Array, temperature: jax.Array | float, axis: int
+) -> jax.Array:
+  """Log-probabilities; `LOG_ZERO` for absent classes.
+
+  Args:
+    logits: [..., classes] float32; below `ABSENT`: no such class.
+    temperature: scalar.
+    axis: the class axis.
+
+  Returns:
+    [..., classes] float32. NaN and +inf logits give NaN.
+  """
+  return _softmax_parts(logits, temperature, axis).log_prob
+
+
+def present(logits: jax.Array) -> jax.Array:
+  """[...] bool, False where the logit says that there is no such class."""
+  return ~(logits < ABSENT)  # not >=, which would take NaN for absent
+
+
+def excess(p: jax.Array, q: jax.Array, log_ratio: jax.Array) -> jax.Array:
+  """The terms q - p - p log(q / p), whose sum over classes is KL(p || q).
+
+  No term is negative, and a pair that is nearly equal keeps its digits. The
+  plain terms p log(p / q) have both signs and cancel to noise there.
+
+  Args:
+    p: float32, probabilities.
+    q: float32, probabilities. Classes with p = 0 count: they give q.
+    log_ratio: float32, log(q / p).
+  """
+  near = jnp.abs(log_ratio) < 1.0
+  d = jnp.where(near, log_ratio, 0.0)
+  # exp(d) - 1 - d by its Taylor series, so that its derivative, exp(d) - 1,
+  # comes out as a series too. Differentiating expm1(d) - d would subtract 1
+  # from exp(d) and lose what is to be kept.
+  series = jnp.zeros_like(d)
+  for k in range(12, 2, -1):
+    series = (series + 1.0) * d * (1.0 / k)
+  series = (series + 1.0) * d * d / 2.0
+  return jnp.where(near, p * series, q - p - p * log_ratio)
+
+
+class _SoftmaxParts(NamedTuple):
+  present: jax.Array  # [..., classes] bool
+  log_prob: jax.Array  # [..., classes]
+  top: jax.Array  # [..., 1] the largest logit, not divided by temperature
+  log_total: jax.Array  # [..., 1] log sum exp((logits - top) / temperature)
+
+
+def _softmax_parts(
+  logits: jax.Array, temperature: jax.Array | float, axis: int
+) -> _SoftmaxParts:
+  here = present(logits)
+  # Softmax does not depend on the shift, so neither does its gradient.
+  top = lax.stop_gradient(
+    jnp.max(jnp.where(here, logits, ABSENT), axis=axis, keepdims=True)
+  )
+  shifted = jnp.where(here, logits - top, 0.0) / temperature
+  total = jnp.where(here, jnp.exp(shifted), 0.0).sum(axis, keepdims=True)
+  # The total is 0 only where every class is absent.
+  log_total = jnp.log(jnp.where(total == 0.0, 1.0, total))
+  log_prob = jnp.where(here, shifted - log_total, LOG_ZERO)
+  return _SoftmaxParts(here, log_prob, top, log_total)

@@ -1,0 +1,223 @@
+"""Divergences between the softened predictions of teacher and student.
+
+Classes that both sides rule out with a logit of -inf (a padded vocabulary)
+count as absent. Where a divergence is infinite, since one side rules out a
+class to which the other gives mass, the value is finite and large: log 0 is
+taken as -1e5. The gradients are those of that value: among the other classes
+they lead to what is left of the teacher.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd_jax.losses import _checks as checks, _numerics as numerics
+
+
+def kl(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+  teacher_temperature: ArrayLike | None = None,
+  axis: int = -1,
+  where: ArrayLike | None = None,
+) -> jax.Array:
+  """Softened KL divergence from teacher to student: the soft-target loss.
+
+    loss = T^2 sum_c p(c) [log p(c) - log q(c)]
+    p = softmax(teacher_logits / T_t),   q = softmax(student_logits / T)
+
+  The loss of classical distillation, and the default choice: the student has
+  to cover every class that the teacher finds likely. Its gradient is that of
+  the cross-entropy with soft targets, T (q - p), but it is 0 at equality.
+  T^2 keeps the gradient's size as T grows. The factor is the student's
+  temperature alone; policy distillation, with a sharpened teacher (T_t = 0.01)
+  and T = 1, then has its published form.
+
+  Args:
+    student_logits: [..., classes] any float dtype, classes along `axis`.
+    teacher_logits: the same shape. Gradients flow into it as well.
+    temperature: scalar T > 0, may be traced.
+    teacher_temperature: scalar T_t > 0, may be traced; None: T.
+    axis: the class axis.
+    where: [...] bool; entries that are False are 0 and get no gradient.
+
+  Returns:
+    [...] float32, one value per example, never negative. NaN if a traced
+    temperature is not positive and finite.
+
+  Raises:
+    ValueError: if the shapes differ, or a temperature is not positive.
+    TypeError: if the logits are not floating point, or `where` not boolean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> student = jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    >>> teacher = jnp.array([[1.0, 2.0, 3.0], [0.0, 4.0, 0.0]])
+    >>> print([f"{x:.2f}" for x in kl(student, teacher, temperature=4.0)])
+    ['0.00', '1.97']
+
+  Reference: Hinton et al. 2015, arXiv:1503.02531, Sec. 2; for two
+  temperatures, Rusu et al. 2015, arXiv:1511.06295, Sec. 3.2.
+  """
+  student, teacher, where = checks.logit_pair(
+    student_logits, teacher_logits, axis=axis, where=where
+  )
+  temperature, teacher_temperature = _temperatures(
+    temperature, teacher_temperature
+  )
+  log_p, log_q, log_ratio = numerics.log_softmax_pair(
+    student, teacher, temperature, teacher_temperature, axis
+  )
+  terms = numerics.excess(jnp.exp(log_p), jnp.exp(log_q), log_ratio)
+  return checks.masked(temperature**2 * terms.sum(axis), where)
+
+
+def reverse_kl(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+  teacher_temperature: ArrayLike | None = None,
+  axis: int = -1,
+  where: ArrayLike | None = None,
+) -> jax.Array:
+  """Softened KL divergence from student to teacher.
+
+    loss = T^2 sum_c q(c) [log q(c) - log p(c)]
+    p = softmax(teacher_logits / T_t),   q = softmax(student_logits / T)
+
+  For students too small to cover the teacher, language models above all: it
+  punishes mass where the teacher has none, and lets the student leave modes
+  out. The paper takes T = 1 and whole sequences; this is one token's exact
+  term, with T^2 as in `kl`.
+
+  Args:
+    student_logits: [..., classes] any float dtype, classes along `axis`.
+    teacher_logits: the same shape. Gradients flow into it as well.
+    temperature: scalar T > 0, may be traced.
+    teacher_temperature: scalar T_t > 0, may be traced; None: T.
+    axis: the class axis.
+    where: [...] bool; entries that are False are 0 and get no gradient.
+
+  Returns:
+    [...] float32, one value per example, never negative. NaN if a traced
+    temperature is not positive and finite.
+
+  Raises:
+    ValueError: if the shapes differ, or a temperature is not positive.
+    TypeError: if the logits are not floating point, or `where` not boolean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> student = jnp.array([[0.0, 4.0, 0.0]])
+    >>> teacher = jnp.array([[0.0, 0.0, 0.0]])
+    >>> loss = reverse_kl(student, teacher, temperature=2.0)
+    >>> print([f"{x:.2f}" for x in loss])
+    ['1.73']
+
+  Reference: Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Sec. 2.1.
+  """
+  student, teacher, where = checks.logit_pair(
+    student_logits, teacher_logits, axis=axis, where=where
+  )
+  temperature, teacher_temperature = _temperatures(
+    temperature, teacher_temperature
+  )
+  log_p, log_q, log_ratio = numerics.log_softmax_pair(
+    student, teacher, temperature, teacher_temperature, axis
+  )
+  terms = numerics.excess(jnp.exp(log_q), jnp.exp(log_p), -log_ratio)
+  return checks.masked(temperature**2 * terms.sum(axis), where)
+
+
+def jsd(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  beta: ArrayLike = 0.5,
+  temperature: ArrayLike = 1.0,
+  teacher_temperature: ArrayLike | None = None,
+  axis: int = -1,
+  where: ArrayLike | None = None,
+) -> jax.Array:
+  """Generalised Jensen-Shannon divergence of student and teacher.
+
+    m = beta p + (1 - beta) q
+    loss = T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]
+    p = softmax(teacher_logits / T_t),   q = softmax(student_logits / T)
+
+  Between `kl` and `reverse_kl`, and bounded: T^2 log 2 at most for beta = 0.5,
+  so outliers do not rule the batch. beta weights the teacher, as in the paper
+  and in TRL; where a lambda weights the student (DistiLLM), beta = 1 - lambda.
+
+  The ends: loss / beta tends to `kl` as beta tends to 0, and loss / (1 - beta)
+  to `reverse_kl` as beta tends to 1, but the loss itself tends to 0. TRL puts
+  the two divergences there, a jump; here both ends are errors: call `kl` or
+  `reverse_kl`. T^2 is ours, as in `kl`; the paper and TRL have no such factor.
+
+  Args:
+    student_logits: [..., classes] any float dtype, classes along `axis`.
+    teacher_logits: the same shape. Gradients flow into it as well.
+    beta: scalar, 0 < beta < 1, the teacher's weight; may be traced.
+    temperature: scalar T > 0, may be traced.
+    teacher_temperature: scalar T_t > 0, may be traced; None: T.
+    axis: the class axis.
+    where: [...] bool; entries that are False are 0 and get no gradient.
+
+  Returns:
+    [...] float32, one value per example, never negative. NaN if a traced
+    temperature or beta is out of range.
+
+  Raises:
+    ValueError: if the shapes differ, a temperature is not positive, or beta
+      is not between 0 and 1.
+    TypeError: if the logits are not floating point, or `where` not boolean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> student = jnp.array([[0.0, 100.0]])
+    >>> teacher = jnp.array([[100.0, 0.0]])
+    >>> print([f"{x:.2f}" for x in jsd(student, teacher)])  # at most log 2
+    ['0.69']
+
+  Reference: Agarwal et al. 2024 (GKD), arXiv:2306.13649, Sec. 2.
+  """
+  student, teacher, where = checks.logit_pair(
+    student_logits, teacher_logits, axis=axis, where=where
+  )
+  beta = checks.open_fraction(
+    "beta", beta, "the ends are kl, beta -> 0, and reverse_kl, beta -> 1"
+  )
+  temperature, teacher_temperature = _temperatures(
+    temperature, teacher_temperature
+  )
+  log_p, log_q, log_ratio = numerics.log_softmax_pair(
+    student, teacher, temperature, teacher_temperature, axis
+  )
+  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  m = beta * p + (1.0 - beta) * q
+  # log(m / p) and log(m / q): from the ratio where it is small, so that it
+  # keeps its digits, and from the logarithms where exp of it may overflow.
+  near = jnp.abs(log_ratio) < 1.0
+  d = jnp.where(near, log_ratio, 0.0)
+  log_m = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)
+  log_m_p = jnp.where(
+    near, jnp.log1p((1.0 - beta) * jnp.expm1(d)), log_m - log_p
+  )
+  log_m_q = jnp.where(near, jnp.log1p(beta * jnp.expm1(-d)), log_m - log_q)
+  terms = beta * numerics.excess(p, m, log_m_p)
+  terms += (1.0 - beta) * numerics.excess(q, m, log_m_q)
+  return checks.masked(temperature**2 * terms.sum(axis), where)
+
+
+def _temperatures(
+  temperature: ArrayLike, teacher_temperature: ArrayLike | None
+) -> tuple[jax.Array, jax.Array | None]:
+  temperature = checks.positive("temperature", temperature)
+  if teacher_temperature is not None:
+    teacher_temperature = checks.positive(
+      "teacher_temperature", teacher_temperature
+    )
+  return temperature, teacher_temperature

@@ -1,0 +1,152 @@
+"""Losses on logits that are not divergences of two softened predictions."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd_jax.losses import _checks as checks, _numerics as numerics
+
+
+def logit_mse(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  form: str = "paper",
+  axis: int = -1,
+  where: ArrayLike | None = None,
+) -> jax.Array:
+  """Squared distance of the logits.
+
+    loss = 1/2 sum_c [z_s(c) - z_t(c)]^2        form="paper"
+    loss = 1/C sum_c [z_s(c) - z_t(c)]^2        form="mean"
+
+  Needs no temperature and asks for more than `kl`: also the logits' common
+  offset, and the differences between unlikely classes. For logits with mean 0,
+  `kl` tends to 1/C times form="paper" as the temperature grows. There is no
+  released code of the paper; libraries take the mean over the C classes.
+
+  Args:
+    student_logits: [..., classes] any float dtype, classes along `axis`.
+    teacher_logits: the same shape. Gradients flow into it as well.
+    form: "paper" or "mean".
+    axis: the class axis.
+    where: [...] bool; entries that are False are 0 and get no gradient.
+
+  Returns:
+    [...] float32, one value per example. Classes that are -inf on both sides
+    count as absent; -inf on one side only is taken as -1e5.
+
+  Raises:
+    ValueError: if the shapes differ, or `form` is none of the two.
+    TypeError: if the logits are not floating point, or `where` not boolean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 2.0]])
+    >>> print(logit_mse(student, teacher))
+    [2.]
+
+  Reference: Ba and Caruana 2014, arXiv:1312.6184, Sec. 2.2; after Bucila,
+  Caruana and Niculescu-Mizil 2006, Model Compression (KDD).
+  """
+  if form not in ("paper", "mean"):
+    raise ValueError(f'form is {form!r}; it should be "paper" or "mean"')
+  student, teacher, where = checks.logit_pair(
+    student_logits, teacher_logits, axis=axis, where=where
+  )
+  in_student, in_teacher = numerics.present(student), numerics.present(teacher)
+  difference = jnp.where(in_student, student, numerics.LOG_ZERO) - jnp.where(
+    in_teacher, teacher, numerics.LOG_ZERO
+  )
+  total = jnp.sum(difference**2, axis)
+  if form == "paper":
+    loss = total / 2.0
+  else:
+    classes = jnp.sum(in_student | in_teacher, axis)
+    loss = total / jnp.maximum(classes, 1)
+  return checks.masked(loss, where)
+
+
+def cross_entropy(
+  student_logits: ArrayLike,
+  labels: ArrayLike,
+  *,
+  smoothing: ArrayLike = 0.0,
+  axis: int = -1,
+  where: ArrayLike | None = None,
+) -> jax.Array:
+  """Cross-entropy with class numbers or class distributions.
+
+    loss = -sum_c [(1 - s) y(c) + s / C] log q(c)
+    q = softmax(student_logits),   y = one-hot(labels), or labels
+
+  The hard-label term beside a distillation loss, and the loss of the control.
+  With s > 0, label smoothing. Soft targets at a temperature are better given
+  to `kl`: same gradient, but accurate, 0 at equality and with its T^2.
+
+  Args:
+    student_logits: [..., classes] any float dtype, classes along `axis`.
+    labels: [...] integers from 0 to classes - 1; or [..., classes] float,
+      rows that sum to 1 (which is not checked). Gradients flow into the latter.
+    smoothing: scalar s, 0 <= s <= 1, may be traced.
+    axis: the class axis.
+    where: [...] bool; entries that are False are 0 and get no gradient, and
+      their labels may be anything, for example -100.
+
+  Returns:
+    [...] float32, one value per example. NaN for a traced label that is no
+    class, and for a traced smoothing out of range. Classes with a logit of
+    -inf count as absent; a label there costs 1e5, not infinity.
+
+  Raises:
+    ValueError: if the shapes do not fit, a label that is not traced is no
+      class, or `smoothing` is not from 0 to 1.
+    TypeError: if the logits are not floating point, the labels are class
+      numbers in a dtype that is not integer, or `where` is not boolean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> logits, labels = jnp.zeros((2, 4)), jnp.array([3, -100])
+    >>> loss = cross_entropy(logits, labels, where=labels >= 0)
+    >>> print([f"{x:.2f}" for x in loss])
+    ['1.39', '0.00']
+
+  Reference: label smoothing: Szegedy et al. 2015, arXiv:1512.00567, Sec. 7.
+  """
+  (student,) = checks.floats(student_logits=student_logits)
+  shape = checks.example_shape("student_logits", student, axis)
+  where = checks.valid(where, shape)
+  smoothing = checks.fraction("smoothing", smoothing)
+  (student,) = checks.select(where, student, axis=axis)
+  log_q = numerics.log_softmax(student, 1.0, axis)
+
+  dtype = jnp.result_type(labels)
+  if jnp.issubdtype(dtype, jnp.integer):
+    if jnp.shape(labels) != shape:
+      raise ValueError(
+        f"labels has shape {jnp.shape(labels)} and student_logits has shape "
+        f"{student.shape}; integer labels should have shape {shape}"
+      )
+    index, known = checks.class_labels(labels, student.shape[axis], where)
+    index = jnp.expand_dims(index, axis)
+    hard = -jnp.take_along_axis(log_q, index, axis).squeeze(axis) * known
+  elif jnp.issubdtype(dtype, jnp.floating):
+    if jnp.shape(labels) == shape:
+      raise TypeError(
+        f"labels has dtype {dtype} and the shape of class numbers, {shape}; "
+        "class numbers should be integers"
+      )
+    (labels,) = checks.floats(labels=labels)
+    checks.same_shape(student_logits=student, labels=labels)
+    (labels,) = checks.select(where, labels, axis=axis)
+    hard = -jnp.sum(labels * log_q, axis)
+  else:
+    raise TypeError(
+      f"labels has dtype {dtype}; it should be integer (class numbers) or "
+      "float (class distributions)"
+    )
+
+  here = numerics.present(student)
+  classes = jnp.maximum(jnp.sum(here, axis), 1)
+  uniform = -jnp.sum(jnp.where(here, log_q, 0.0), axis) / classes
+  return checks.masked((1.0 - smoothing) * hard + smoothing * uniform, where)

@@ -1,0 +1,10 @@
+"""Reference models, and the two functions by which any other model joins."""
+
+from kd_jax.models.base import (
+  Model as Model,
+  Outputs as Outputs,
+  count_parameters as count_parameters,
+  from_function as from_function,
+  from_linen as from_linen,
+)
+from kd_jax.models.mlp import MLP as MLP

@@ -1,0 +1,201 @@
+"""Checkpoints that are verified when they are read: Orbax plus digests.
+
+Orbax restores a flipped bit silently, and its newest step may be damaged. So
+each step carries a SHA-256 digest of every leaf, and restoring walks back from
+the newest step to the newest good one, saying what it skipped and why.
+"""
+
+import hashlib
+import os
+import pathlib
+from typing import Any
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(RuntimeError):
+  """No checkpoint can be trusted, or one could not be written."""
+
+
+class Checkpoints:
+  """The numbered checkpoints of one run.
+
+  Use as a context manager: leaving it waits for the last save, and raises if
+  that failed.
+
+  Attributes:
+    directory: holds one folder per step, named by its number.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+    """Opens (or makes) the directory.
+
+    Args:
+      directory: local path.
+      keep: how many of the newest steps to keep. An older one is deleted only
+        after a newer one is complete.
+    """
+    self.directory = pathlib.Path(directory).absolute()
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind: Any, *unused: Any) -> None:
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      if kind is None:
+        raise self._cannot_write(error) from error
+    finally:
+      self._manager.close()
+
+  def save(self, step: int, tree: Any) -> None:
+    """Writes `tree` as checkpoint `step`, in the background.
+
+    Args:
+      step: non-negative, above the steps that are there.
+      tree: pytree of arrays; typed random keys are fine.
+
+    Raises:
+      CheckpointError: if this or the previous save failed; earlier steps stay.
+    """
+    plain = _to_plain(tree)
+    try:
+      done = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(plain),
+          digests=ocp.args.JsonSave(_digests(plain)),
+        ),
+      )
+    except Exception as error:
+      raise self._cannot_write(error) from error
+    if not done:
+      raise CheckpointError(
+        f"checkpoint {step} in {self.directory} was not written: a checkpoint "
+        "of this or a later step is there already"
+      )
+
+  def restore(self, template: Any) -> tuple[Any, int] | None:
+    """The newest good checkpoint.
+
+    Args:
+      template: a tree like the saved one; gives structure, shapes and dtypes.
+
+    Returns:
+      (tree of arrays on the default device, step), or None if there are no
+      checkpoints at all. Damaged newer steps are renamed to `damaged-STEP` and
+      warned about.
+
+    Raises:
+      CheckpointError: if there are checkpoints and none is good: training
+        never silently starts again from step 0.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    plain = _to_plain(template)
+    skipped = []
+    for step in steps:
+      try:
+        restored = self._read(step, plain)
+      except Exception as error:  # orbax raises anything on damaged files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        skipped.append((step, reason[0]))
+        continue
+      for bad, reason in skipped:
+        aside = self._move_aside(bad)
+        warnings.warn(
+          f"checkpoint {bad} cannot be trusted ({reason}); moved to {aside}, "
+          f"going on from checkpoint {step}",
+          stacklevel=2,
+        )
+      if skipped:
+        self._manager.reload()
+      return _from_plain(restored, template), step
+    if skipped:
+      what = "; ".join(f"{step}: {reason}" for step, reason in skipped)
+      raise CheckpointError(
+        f"no checkpoint in {self.directory} can be trusted ({what}). Restore "
+        "the directory from a copy, or name a new one to start again"
+      )
+    return None
+
+  def _read(self, step: int, plain: Any) -> Any:
+    stored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(plain), digests=ocp.args.JsonRestore()
+      ),
+    )
+    state = jax.tree.map(np.asarray, stored["state"])
+    found = _digests(state)
+    wrong = [k for k, v in stored["digests"].items() if found.get(k) != v]
+    wrong += [k for k in found if k not in stored["digests"]]
+    if wrong:
+      raise CheckpointError(f"digest mismatch at {wrong[0]}")
+    return state
+
+  def _move_aside(self, step: int) -> pathlib.Path:
+    source = self.directory / str(step)
+    aside = self.directory / f"damaged-{step}"
+    count = 1
+    while aside.exists():
+      count += 1
+      aside = self.directory / f"damaged-{step}-{count}"
+    if jax.process_index() == 0 and source.exists():
+      source.rename(aside)
+    return aside
+
+  def _cannot_write(self, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot write to {self.directory}: {error}")
+
+
+def _is_key(x: Any) -> bool:
+  return isinstance(x, jax.Array) and jnp.issubdtype(
+    x.dtype, jax.dtypes.prng_key
+  )
+
+
+def _to_plain(tree: Any) -> Any:
+  """Host copies; typed keys as their uint32 data.
+
+  Copies, since the save goes on while the next step reuses donated memory.
+  """
+  return jax.tree.map(
+    lambda x: np.array(jax.random.key_data(x) if _is_key(x) else x), tree
+  )
+
+
+def _from_plain(plain: Any, template: Any) -> Any:
+  def back(x, like):
+    if x.shape != np.shape(
+      jax.random.key_data(like) if _is_key(like) else like
+    ):
+      raise CheckpointError(
+        f"a stored array has shape {x.shape}; the program has {like.shape}"
+      )
+    if _is_key(like):
+      return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+    return jnp.asarray(x)
+
+  return jax.tree.map(back, plain, template)
+
+
+def _digests(plain: Any) -> dict[str, str]:
+  """SHA-256 of dtype, shape and bytes of each leaf, by its path."""
+  digests = {}
+  for path, x in jax.tree_util.tree_leaves_with_path(plain):
+    head = f"{x.dtype.str}{x.shape}".encode()
+    body = np.ascontiguousarray(x).view(np.uint8).reshape(-1)
+    digest = hashlib.sha256(head)
+    digest.update(body.data)
+    digests[jax.tree_util.keystr(path)] = digest.hexdigest()
+  return digests

@@ -1,0 +1,240 @@
+"""The training loop: progress, logs, evaluation, checkpoints, stopping."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from kd_jax.train.checkpoint import Checkpoints
+from kd_jax.train.parallel import Runner
+from kd_jax.train.state import TrainState
+from kd_jax.train.workdir import MetricWriter, hash_ids
+
+
+def fit(
+  runner: Runner,
+  state: TrainState,
+  frozen: Any,
+  batches: Callable[[int], Mapping[str, np.ndarray]],
+  *,
+  num_steps: int,
+  workdir: str | os.PathLike[str] | None = None,
+  evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+  eval_every: int | None = None,
+  save_every: int | None = None,
+  log_every: int = 100,
+  title: str = "training",
+  progress: bool = True,
+) -> TrainState:
+  """Trains up to step `num_steps`, going on from the newest checkpoint.
+
+  Batch number `step` is a pure function of the step, so the state alone says
+  where a run is. The same call after an interruption gives the bits of an
+  uninterrupted run; after the end it returns at once.
+
+  Args:
+    runner: the compiled step, `train.compile(...)`.
+    state: the state at step 0, as from `train.init_state`.
+    frozen: what the step only reads, not yet replicated.
+    batches: `batches(step) -> dict` of NumPy arrays with a leading batch axis:
+      the global batch, the same on every process.
+    num_steps: the step at which to stop.
+    workdir: where `checkpoints/`, `metrics.jsonl` and TensorBoard events go.
+      None writes nothing (and cannot resume).
+    evaluate: `evaluate(state) -> scalars`, at `eval_every` and at the end.
+    eval_every: steps between evaluations; None is only at the end.
+    save_every: steps between checkpoints; None is only at the end.
+    log_every: steps between the lines of `metrics.jsonl`.
+    title: what the progress bar says.
+    progress: show a progress bar (a line per evaluation where standard error
+      is no terminal).
+
+  Returns:
+    The state at `num_steps`, unreplicated.
+
+  Raises:
+    FloatingPointError: if the loss or a gradient is not finite; names the
+      step, the terms, the first bad leaf and the examples. The last good state
+      is saved.
+    CheckpointError: if checkpoints cannot be written or none can be trusted.
+    SystemExit: with code 143 after SIGTERM, once the state is saved.
+    ValueError: if a period is not positive.
+  """
+  for name, period in (
+    ("num_steps", num_steps),
+    ("eval_every", eval_every),
+    ("save_every", save_every),
+    ("log_every", log_every),
+  ):
+    if period is not None and period < 1:
+      raise ValueError(f"{name} is {period}; it should be at least 1")
+
+  with contextlib.ExitStack() as stack:
+    checkpoints = writer = None
+    if workdir is not None:
+      directory = pathlib.Path(workdir)
+      checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints"))
+      restored = checkpoints.restore(state)
+      if restored is not None:
+        state = restored[0]
+    step = first = int(state.step)
+    if step >= num_steps:
+      return state
+    if workdir is not None:
+      writer = MetricWriter(directory, step)
+      stack.callback(writer.close)
+    stopped = stack.enter_context(_sigterm())
+    bar = stack.enter_context(_Progress(title, step, num_steps, progress))
+
+    state, frozen = runner.replicate(state), runner.replicate(frozen)
+    saved = step if first else -1
+
+    def save(at: int, good: TrainState) -> None:
+      nonlocal saved
+      if checkpoints is not None and at != saved:
+        checkpoints.save(at, good)
+        saved = at
+
+    pending: tuple[int, list[Any], Any] | None = None
+
+    def settle() -> None:
+      """Takes in the metrics of the call before, stops if they are bad."""
+      nonlocal pending
+      if pending is None:
+        return
+      begin, inputs, metrics = pending
+      pending = None
+      metrics = {
+        name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()
+      }
+      if not metrics["ok"].all():
+        good = runner.unreplicate(state)
+        at = int(good.step)
+        message = _diagnose(runner, state, frozen, batches(at), at)
+        save(at, good.replace(skipped=good.skipped - 1))
+        raise FloatingPointError(message)
+      for i, batch in enumerate(inputs):
+        if (begin + i + 1) % log_every == 0 and writer is not None:
+          scalars = {k: v[i] for k, v in metrics.items() if k != "ok"}
+          ids = batch["id"] if "id" in batch else batch.get("index")
+          extra = {} if ids is None else {"ids": hash_ids(ids)}
+          writer.write(begin + i + 1, scalars, **extra)
+      bar.advance(begin + len(inputs), metrics["loss"][-1])
+
+    while step < num_steps:
+      ends = [num_steps]
+      for every in (eval_every, save_every):
+        if every is not None:
+          ends.append((step // every + 1) * every)
+      count = min(runner.steps_per_call, min(ends) - step)
+      inputs = [batches(step + i) for i in range(count)]
+      if runner.steps_per_call == 1:
+        batch = inputs[0]
+      else:
+        batch = {k: np.stack([b[k] for b in inputs]) for k in inputs[0]}
+      new_state, metrics = runner(state, frozen, runner.shard(batch))
+      settle()  # of the previous call, while this one runs
+      state = new_state
+      pending = (step, inputs, metrics)
+      step += count
+      due_eval = evaluate is not None and (
+        step == num_steps or (eval_every and step % eval_every == 0)
+      )
+      due_save = step == num_steps or (save_every and step % save_every == 0)
+      if due_eval or due_save or stopped:
+        settle()
+      if due_eval:
+        scalars = dict(evaluate(runner.unreplicate(state)))  # type: ignore[misc]
+        if writer is not None:
+          writer.write(step, scalars)
+        bar.note(step, scalars)
+      if due_save or stopped:
+        save(step, runner.unreplicate(state))
+      if stopped and step < num_steps:
+        bar.say(f"{title}: stopped by SIGTERM, saved step {step}")
+        raise SystemExit(143)
+    return runner.unreplicate(state)
+
+
+def _diagnose(
+  runner: Runner, state: Any, frozen: Any, batch: Mapping[str, Any], step: int
+) -> str:
+  """One line that says where the first non-finite number is."""
+  leaves, metrics = runner.bad_leaves(state, frozen, dict(batch))
+  terms = [
+    f"{name} = {float(x)}"
+    for name, x in metrics.items()
+    if not np.isfinite(float(x))
+  ]
+  bad = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, fine in jax.tree_util.tree_leaves_with_path(leaves)
+    if not fine
+  ]
+  ids = np.asarray(batch.get("id", batch.get("index", []))).reshape(-1)
+  shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+  return (
+    f"step {step} is not finite: {'; '.join(terms) or 'loss is finite'}; first "
+    f"bad gradient: {bad[0] if bad else 'none, but their norm overflows'}; "
+    f"examples {shown}. The update was not made; the state of step {step} "
+    "is saved"
+  )
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[bool]]:
+  """Yields a list that is empty until SIGTERM arrives."""
+  received: list[bool] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield received
+    return
+  old = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGTERM, old)
+
+
+class _Progress:
+  """A bar on a terminal, a line per evaluation elsewhere."""
+
+  def __init__(self, title: str, step: int, num_steps: int, progress: bool):
+    self._title, self._num_steps = title, num_steps
+    self._on = progress and jax.process_index() == 0
+    self._terminal = self._on and sys.stderr.isatty()
+    self._bar = tqdm(
+      total=num_steps,
+      initial=step,
+      desc=title,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not self._terminal,
+    )
+    self._scores = ""
+
+  def __enter__(self) -> "_Progress":
+    return self
+
+  def __exit__(self, *unused: Any) -> None:
+    self._bar.close()
+
+  def advance(self, step: int, loss: float) -> None:
+    self._bar.update(step - self._bar.n)
+    self._bar.set_postfix_str(f"loss {loss:.4g}{self._scores}", refresh=False)
+
+  def note(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._scores = "".join(f", {k} {v:.4g}" for k, v in scalars.items())
+    if not self._terminal:
+      self.say(f"{self._title}: step {step}/{self._num_steps}{self._scores}")
+
+  def say(self, line: str) -> None:
+    if self._on:
+      tqdm.write(line, file=sys.stderr)

@@ -1,0 +1,73 @@
+"""From a config and a directory to a result on disk, once."""
+
+from collections.abc import Callable, Mapping
+import datetime
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+
+from kd_jax import report, result_file, results
+from kd_jax.train.workdir import check_workdir, open_workdir
+
+
+def record(
+  body: Callable[[pathlib.Path], tuple[dict[str, Any], dict[str, Any]]],
+  config: Mapping[str, Any],
+  workdir: str | os.PathLike[str],
+) -> dict[str, Any]:
+  """Runs an experiment's body unless it has finished in `workdir` already.
+
+  Writes `config.json`, `result.json` and `report.html`, and prints the table.
+
+  Args:
+    body: `body(path) -> (result, report)`: the fields of the result file that
+      only the experiment knows, and keyword arguments for `report.write`.
+    config: plain nested mapping of the settings.
+    workdir: the run's directory; the same again resumes or shows the result.
+
+  Returns:
+    The result, see `kd_jax.result_file`.
+
+  Raises:
+    BadInput: if the directory belongs to another config or another process.
+  """
+  check_workdir(workdir, config)
+  start = time.time()
+  with open_workdir(workdir, config) as path:
+    stored = path / "result.json"
+    if stored.exists():
+      result = result_file.load(stored)
+    else:
+      result, pages = body(path)
+      result = {
+        "command": command(),
+        "config": dict(config),
+        "environment": result_file.environment(),
+        "wall_seconds": time.time() - start,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(
+          timespec="seconds"
+        ),
+        "models": {},
+        **result,
+      }
+      if jax.process_index() == 0:
+        report.write(path / "report.html", result, **pages)
+        result_file.save(stored, result)
+    if jax.process_index() == 0:
+      print(results.table(result))
+      print(f"report: {path / 'report.html'}")
+    return result
+
+
+def command() -> str:
+  """The command line of this process as one would type it."""
+  main = sys.modules["__main__"]
+  spec = getattr(main, "__spec__", None)
+  if spec is None:
+    return "(called from Python)"
+  args = [arg for arg in sys.argv[1:] if not arg.startswith("--workdir")]
+  return " ".join(["python -m", spec.name, *args, "--workdir=DIR"])

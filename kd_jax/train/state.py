@@ -1,0 +1,65 @@
+"""The training state: one frozen pytree that can be printed and saved."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run needs in order to go on, and nothing else.
+
+  Attributes:
+    step: int32 scalar, how many updates were made.
+    params: trainable parameters in a dict by role (`student`, `projector`,
+      `peer_0`).
+    opt_state: the optimiser's state.
+    model_state: what models carry without a gradient (batch statistics), in a
+      dict by role.
+    key: typed random key of the run; the key of a step is
+      `fold_in(key, step)`, so nothing about randomness needs to be saved.
+    skipped: int32 scalar, how many steps were not finite. Past the allowed
+      number the state no longer changes: it is the last good one.
+  """
+
+  step: jax.Array
+  params: Mapping[str, Any]
+  opt_state: Any
+  model_state: Mapping[str, Any]
+  key: jax.Array
+  skipped: jax.Array
+
+
+def init_state(
+  params: Mapping[str, Any],
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  *,
+  model_state: Mapping[str, Any] | None = None,
+) -> TrainState:
+  """The state at step 0.
+
+  Args:
+    params: parameters in a dict by role.
+    optimizer: the optax transformation that `make_step` will use.
+    key: typed key, `jax.random.key(seed)`.
+    model_state: non-trainable state in a dict by role.
+
+  Returns:
+    A fresh `TrainState`. It holds copies of `params` and `model_state`: the
+    compiled step donates its input, and must not eat the caller's arrays.
+  """
+  copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+  params = copy(dict(params))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    model_state=copy(dict(model_state or {})),
+    key=key,
+    skipped=jnp.zeros((), jnp.int32),
+  )

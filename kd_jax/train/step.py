@@ -1,0 +1,291 @@
+"""From a method's `loss_fn` to the pure training step.
+
+The step owns what cannot differ between methods: global sum over global count
+across devices and accumulation steps, gradients, clipping, and the guard that
+keeps a non-finite update out of the state.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kd_jax import reduce
+from kd_jax.data import order
+from kd_jax.train.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Aux:
+  """What a `loss_fn` returns beside its terms.
+
+  Attributes:
+    model_state: the new `TrainState.model_state`.
+    metrics: [...] float per-example values (or a `reduce.Term` with a mask)
+      by name; their global means are reported, and not differentiated.
+  """
+
+  model_state: Mapping[str, Any]
+  metrics: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+
+
+LossFn = Callable[
+  [Mapping[str, Any], Mapping[str, Any], Any, Batch, jax.Array],
+  tuple[dict[str, reduce.Term], Aux],
+]
+
+
+def make_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  microbatches: int = 1,
+  clip_norm: float | None = None,
+  max_skipped: int = 0,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Makes the pure training step of a method.
+
+  Args:
+    loss_fn: `loss_fn(params, model_state, frozen, batch, key) -> (terms,
+      Aux)`, with `terms` a dict of `reduce.Term`. `batch` also holds `step`,
+      the scalar step. The loss is the weighted sum of the terms' global means.
+      Nothing here stops a gradient: `loss_fn` says what is a teacher.
+    optimizer: an optax transformation.
+    microbatches: the batch is taken in this many parts, with the gradient of
+      the whole (exactly: masks count over the whole batch).
+    clip_norm: gradients are scaled down to this global norm.
+    max_skipped: how many steps with a non-finite loss or gradient are skipped.
+      At the next one the state stops changing (so `step` does, too), and
+      `metrics["ok"]` is 0 from then on.
+
+  Returns:
+    `step(state, frozen, batch, *, axis_name=None) -> (state, metrics)`.
+    `frozen` (teachers, hyper-parameters, data) is never differentiated,
+    donated or saved. Metrics are float32 scalars: `loss`, each term's mean by
+    its name, `Aux.metrics`, `grad_norm` before clipping, and `ok`.
+
+  Raises:
+    ValueError: if `microbatches` is not positive or `clip_norm` not above 0.
+  """
+  if microbatches < 1:
+    raise ValueError(f"microbatches is {microbatches}; it should be positive")
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(f"clip_norm is {clip_norm}; it should be above 0")
+
+  def forward(params, model_state, frozen, batch, key):
+    terms, aux = loss_fn(params, model_state, frozen, batch, key)
+    if not terms:
+      raise ValueError("loss_fn returned no terms; it should return at least 1")
+    reported = {
+      name: value if isinstance(value, reduce.Term) else reduce.Term(value)
+      for name, value in aux.metrics.items()
+    }
+    clash = set(reported) & (set(terms) | {"loss", "grad_norm", "ok"})
+    if clash:
+      raise ValueError(f"Aux.metrics repeats the names {sorted(clash)}")
+    both = {
+      name: reduce.sum_and_count(term.value, term.where)
+      for name, term in {**terms, **reported}.items()
+    }
+    sums = {name: pair[0] for name, pair in both.items()}
+    counts = {name: pair[1] for name, pair in both.items()}
+    weighted = {name: terms[name].weight * sums[name] for name in terms}
+    return weighted, (sums, counts, aux.model_state)
+
+  def gradients(state, frozen, batch, axis_name):
+    psum = (
+      (lambda tree: lax.psum(tree, axis_name))
+      if axis_name is not None
+      else (lambda tree: tree)
+    )
+    key = jax.random.fold_in(state.key, state.step)
+    if axis_name is not None:
+      key = jax.random.fold_in(key, lax.axis_index(axis_name))
+
+    def part(model_state, micro, micro_key, counts):
+      """Sums of one microbatch and the gradient of its share of the loss."""
+      micro = {**micro, "step": state.step}
+      weighted, vjp, (sums, own, model_state) = jax.vjp(
+        lambda p: forward(p, model_state, frozen, micro, micro_key),
+        state.params,
+        has_aux=True,
+      )
+      counts = psum(own) if counts is None else counts
+      # The loss is sum_k weighted_k / count_k. The counts are global, so
+      # adding up the parts' gradients gives the gradient of the whole.
+      share = {k: reduce.divide(jnp.float32(1.0), counts[k]) for k in weighted}
+      (grads,) = vjp({k: share[k].astype(weighted[k].dtype) for k in weighted})
+      loss = sum(weighted[k] * share[k] for k in weighted)
+      return grads, (loss, sums), counts, model_state
+
+    if microbatches == 1:
+      grads, totals, counts, model_state = part(
+        state.model_state, batch, key, None
+      )
+    else:
+      parts = jax.tree.map(lambda x: _split(x, microbatches), dict(batch))
+      keys = jax.random.split(key, microbatches)
+
+      def count(args):
+        micro, micro_key = args
+        micro = {**micro, "step": state.step}
+        return forward(
+          state.params, state.model_state, frozen, micro, micro_key
+        )[1][1]
+
+      # Only the masks matter here; the compiler drops the rest.
+      counts = psum(
+        jax.tree.map(lambda x: x.sum(0), lax.map(count, (parts, keys)))
+      )
+
+      def body(carry, args):
+        grads, totals, model_state = carry
+        new_grads, new_totals, _, model_state = part(model_state, *args, counts)
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        return (add(grads, new_grads), add(totals, new_totals), model_state), ()
+
+      zeros = jax.tree.map(
+        jnp.zeros_like,
+        (state.params, (jnp.float32(0.0), counts)),
+      )
+      (grads, totals, model_state), _ = lax.scan(
+        body, (*zeros, state.model_state), (parts, keys)
+      )
+    grads, (loss, sums) = psum((grads, totals))
+    if axis_name is not None:  # batch statistics: the devices' mean
+      model_state = jax.tree.map(
+        lambda x: (
+          lax.pmean(x, axis_name)
+          if jnp.issubdtype(x.dtype, jnp.floating)
+          else x
+        ),
+        model_state,
+      )
+    means = {name: reduce.divide(sums[name], counts[name]) for name in sums}
+    return grads, {"loss": loss, **means}, model_state
+
+  def step(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[TrainState, Metrics]:
+    grads, metrics, model_state = gradients(state, frozen, batch, axis_name)
+    norm = optax.global_norm(grads)
+    # The squares in the norm overflow where Adam's second moment would.
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    frozen_for_good = state.skipped > max_skipped
+    apply = finite & ~frozen_for_good
+    if clip_norm is not None:
+      scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+      grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = state.replace(
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      model_state=model_state,
+    )
+    state_out = jax.tree.map(
+      lambda a, b: jnp.where(apply, a, b),
+      (new.params, new.opt_state, new.model_state),
+      (state.params, state.opt_state, state.model_state),
+    )
+    skipped = state.skipped + (~finite & ~frozen_for_good).astype(jnp.int32)
+    alive = skipped <= max_skipped
+    new = state.replace(
+      params=state_out[0],
+      opt_state=state_out[1],
+      model_state=state_out[2],
+      step=state.step + alive.astype(jnp.int32),
+      skipped=skipped,
+    )
+    metrics = {**metrics, "grad_norm": norm, "ok": alive.astype(jnp.float32)}
+    return new, metrics
+
+  def bad_leaves(state, frozen, batch, *, axis_name=None):
+    """Whether each gradient leaf is finite, for the message of a stop."""
+    grads, metrics, _ = gradients(state, frozen, batch, axis_name)
+    return jax.tree.map(lambda g: jnp.isfinite(g).all(), grads), metrics
+
+  step.bad_leaves = bad_leaves  # type: ignore[attr-defined]
+  return step
+
+
+def gather_batch(
+  step: Callable[..., tuple[TrainState, Metrics]],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Lets a step take its examples from data that lives on the device.
+
+  Args:
+    step: what `make_step` returned.
+
+  Returns:
+    The same step, whose `frozen` has a further entry `data`, a dict of arrays
+    with a common leading axis, and whose `batch` has `index`, int32 [batch],
+    the rows to take. Other entries of `batch` are passed on.
+  """
+
+  def with_data(function):
+    def gathered(state, frozen, batch, *, axis_name=None):
+      batch = dict(batch)
+      index = batch.pop("index")
+      rows = {name: x[index] for name, x in frozen["data"].items()}
+      return function(state, frozen, {**rows, **batch}, axis_name=axis_name)
+
+    return gathered
+
+  gathered = with_data(step)
+  gathered.bad_leaves = with_data(step.bad_leaves)  # type: ignore[attr-defined]
+  return gathered
+
+
+def index_batches(
+  seed: int, batch_size: int, n: int
+) -> Callable[[int], dict[str, np.ndarray]]:
+  """Batches for `gather_batch`: rows and epoch, a pure function of the step.
+
+  Args:
+    seed: of the order.
+    batch_size: examples in a batch.
+    n: examples in the data.
+
+  Returns:
+    `batches(step) -> {"index": int32[batch], "epoch": int32[batch]}`.
+
+  Raises:
+    ValueError: if the batch is larger than the data.
+  """
+  order.epoch_of(0, batch_size, n)  # raises now, not at the first step
+
+  def batches(step: int) -> dict[str, np.ndarray]:
+    epoch = order.epoch_of(step, batch_size, n)
+    return {
+      "index": order.batch_ids(seed, step, batch_size, n),
+      "epoch": np.full(batch_size, epoch, np.int32),
+    }
+
+  return batches
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+  """[batch, ...] -> [parts, batch / parts, ...].
+
+  Part i takes every parts-th row, so that a batch sharded over devices is cut
+  within each device and no row moves.
+  """
+  if x.shape[0] % parts:
+    raise ValueError(
+      f"microbatches is {parts}; it should divide the batch, {x.shape[0]} "
+      "examples on each device"
+    )
+  x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+  return jnp.swapaxes(x, 0, 1)

@@ -1,0 +1,207 @@
+"""A run's directory: whose it is, who writes to it, what is logged in it."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import tempfile
+from typing import Any
+import zlib
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from kd_jax.errors import BadInput
+
+# What may differ when a run is taken up again: none of it changes the numbers.
+SAFE_FIELDS = ("log_every", "save_every", "progress")
+
+
+@contextlib.contextmanager
+def open_workdir(
+  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+) -> Iterator[pathlib.Path]:
+  """Claims a directory for a run and writes `config.json` into it.
+
+  Args:
+    workdir: local path; made if missing.
+    config: plain nested mapping of the run's settings.
+
+  Yields:
+    The path. Until the block ends no other process can open it.
+
+  Raises:
+    BadInput: if the directory belongs to a run with another config (the
+      differences are listed), or another process is writing to it. Nothing is
+      changed then.
+  """
+  path = check_workdir(workdir, config)
+  if jax.process_index() != 0:
+    yield path
+    return
+  path.mkdir(parents=True, exist_ok=True)
+  with open(path / ".lock", "a+", encoding="utf-8") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      lock.seek(0)
+      raise BadInput(
+        f"workdir {path} is in use by {lock.read().strip() or 'a process'}; "
+        "wait for it or name another --workdir"
+      ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    write_text(path / "config.json", _dump(config))
+    yield path
+
+
+def check_workdir(
+  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+) -> pathlib.Path:
+  """Checks that a directory is free for this config; touches nothing.
+
+  Args:
+    workdir: local path, may be missing.
+    config: plain nested mapping of the run's settings.
+
+  Returns:
+    The path.
+
+  Raises:
+    BadInput: if it cannot hold this run.
+  """
+  if "://" in str(workdir):
+    raise BadInput(
+      f"workdir is {workdir}; it should be a local path (mount the bucket)"
+    )
+  path = pathlib.Path(workdir)
+  if path.exists() and not path.is_dir():
+    raise BadInput(f"workdir {path} is a file; it should be a directory")
+  stored = path / "config.json"
+  if not stored.exists():
+    if path.exists() and any(child.name != ".lock" for child in path.iterdir()):
+      raise BadInput(
+        f"workdir {path} holds files but no config.json, so it is no run of "
+        "kd_jax; name an empty or new --workdir"
+      )
+    return path
+  try:
+    old = json.loads(stored.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise BadInput(f"{stored} is damaged: {error}") from None
+  changes = _differences(old, json.loads(_dump(config)))
+  if changes:
+    raise BadInput(
+      f"workdir {path} belongs to a run with another config: "
+      f"{'; '.join(changes)} (old -> new). Name another --workdir or undo "
+      "the change"
+    )
+  return path
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a whole file or, if interrupted, leaves what was there."""
+  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+  try:
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+  except BaseException:
+    pathlib.Path(name).unlink(missing_ok=True)
+    raise
+
+
+class MetricWriter:
+  """`metrics.jsonl` (unrounded numbers) and TensorBoard events of one stage.
+
+  Only process 0 writes.
+  """
+
+  def __init__(self, directory: pathlib.Path, start_step: int):
+    """Opens the files, dropping what a killed run logged past `start_step`."""
+    self._on = jax.process_index() == 0
+    if not self._on:
+      return
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "metrics.jsonl"
+    lines = [row for row in read_metrics(path) if row["step"] <= start_step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in lines))
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    self._board = SummaryWriter(
+      str(directory / "tensorboard"), purge_step=start_step + 1
+    )
+
+  def write(self, step: int, scalars: Mapping[str, Any], **more: Any) -> None:
+    """Adds one line: `step`, the scalars, and `more` (not for TensorBoard)."""
+    if not self._on:
+      return
+    values = {name: float(value) for name, value in scalars.items()}
+    self._file.write(json.dumps({"step": step, **values, **more}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Closes both files."""
+    if self._on:
+      self._file.close()
+      self._board.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows of a `metrics.jsonl`; a last line cut short by a kill is left out.
+
+  Args:
+    path: the file; may be missing.
+
+  Returns:
+    One dict per line, in order.
+
+  Raises:
+    ValueError: if a line other than the last is damaged.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding="utf-8").splitlines()
+  rows = []
+  for number, line in enumerate(lines, 1):
+    try:
+      rows.append(json.loads(line))
+    except ValueError:
+      if number < len(lines):
+        raise ValueError(f"{path}, line {number}: damaged line") from None
+  return rows
+
+
+def hash_ids(ids: np.ndarray) -> str:
+  """A short fingerprint of a batch's example ids, in their order."""
+  data = np.ascontiguousarray(np.asarray(ids, np.int64))
+  return f"{zlib.crc32(data.tobytes()):08x}"
+
+
+def _dump(config: Mapping[str, Any]) -> str:
+  return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+  if isinstance(old, dict) and isinstance(new, dict):
+    found = []
+    for name in sorted(set(old) | set(new)):
+      if name not in SAFE_FIELDS:
+        found += _differences(
+          old.get(name, "(none)"),
+          new.get(name, "(none)"),
+          f"{path}.{name}" if path else name,
+        )
+    return found
+  return [] if old == new else [f"{path} {old} -> {new}"]

@@ -1,0 +1,109 @@
+"""The loop: resuming, logging, stopping."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from kd_jax.train.workdir import hash_ids, read_metrics
+
+
+def lines(path):
+  return read_metrics(path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("how,devices,per_call", [("jit", 1, 1), ("pmap", 8, 3)])
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(
+  problem, same, tmp_path, how, devices, per_call
+):
+  options = {"how": how, "devices": devices, "per_call": per_call}
+  options |= {"save_every": 5, "eval_every": 4}
+  options["evaluate"] = lambda state: {"at": float(state.step)}
+  whole = problem.fit(workdir=tmp_path / "a", **options)
+  problem.fit(workdir=tmp_path / "b", **options | {"num_steps": 7})
+  resumed = problem.fit(workdir=tmp_path / "b", **options)
+  same(resumed.params, whole.params, exact=True)
+  same(resumed.opt_state, whole.opt_state, exact=True)
+  a, b = lines(tmp_path / "a"), lines(tmp_path / "b")
+  b = [row for row in b if row != {"step": 7, "at": 7.0}]  # its first end
+  assert json.dumps(a) == json.dumps(b)
+  assert [row["at"] for row in a if "at" in row] == [4.0, 8.0, 12.0]
+
+
+def test_a_finished_run_returns_at_once(problem, same, tmp_path):
+  first = problem.fit(workdir=tmp_path)
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+
+  def never(step):
+    raise AssertionError("a batch was asked for")
+
+  again = problem.fit(workdir=tmp_path, batches=never)
+  same(again.params, first.params, exact=True)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_line_names_its_batch(problem, tmp_path):
+  problem.fit(workdir=tmp_path, log_every=3, per_call=2)
+  rows = lines(tmp_path)
+  assert [row["step"] for row in rows] == [3, 6, 9, 12]
+  for row in rows:
+    assert row["ids"] == hash_ids(problem.batches()(row["step"] - 1)["index"])
+    total = row["hard"] + 0.1 * row["small"]
+    assert row["loss"] == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_a_non_finite_step_stops_the_run_and_says_where(
+  problem, same, tmp_path, per_call
+):
+  row = int(problem.batches()(6)["index"][3])
+  first = min(
+    step for step in range(12) if row in problem.batches()(step)["index"]
+  )
+  x = problem.data["x"].copy()
+  x[row] = np.nan
+  data = {**problem.data, "x": x, "valid": np.ones(64, bool)}
+  options = {"data": data, "workdir": tmp_path, "per_call": per_call}
+  with pytest.raises(FloatingPointError) as error:
+    problem.fit(**options)
+  text = str(error.value)
+  assert text.startswith(f"step {first} is not finite: ")
+  assert "hard = nan" in text and "model/Dense_0/" in text
+  assert str(problem.batches()(first)["index"][0]) in text
+  with pytest.raises(FloatingPointError):  # and again from the saved state
+    problem.fit(**options)
+  good = {**data, "x": problem.data["x"]}
+  mended = problem.fit(**options | {"data": good})
+  want = problem.fit(data=good)
+  same(mended.params, want.params, exact=True)
+
+
+def test_sigterm_saves_and_leaves_with_143(problem, same, tmp_path):
+  batches = problem.batches()
+
+  def terminated(step):
+    if step == 6:
+      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), signal.SIGTERM)
+    return batches(step)
+
+  with pytest.raises(SystemExit) as error:
+    problem.fit(workdir=tmp_path, batches=terminated)
+  assert error.value.code == 143
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  assert "7" in {p.name for p in (tmp_path / "checkpoints").iterdir()}
+  resumed = problem.fit(workdir=tmp_path)
+  same(resumed.params, problem.fit().params, exact=True)
+
+
+def test_progress_is_a_line_where_there_is_no_terminal(problem, capfd):
+  problem.fit(progress=True, evaluate=lambda state: {"errors": 3.0})
+  assert "training: step 12/12, errors 3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["num_steps", "save_every", "log_every"])
+def test_periods_are_positive(problem, name):
+  with pytest.raises(ValueError, match=f"{name} is 0"):
+    problem.fit(**{name: 0})

@@ -1,0 +1,93 @@
+"""Who owns a directory, and what is logged in it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from kd_jax.errors import BadInput
+from kd_jax.train import check_workdir, open_workdir
+from kd_jax.train.workdir import MetricWriter, hash_ids, read_metrics
+
+CONFIG = {"seed": 1, "model": {"hidden": (8, 8)}, "log_every": 5}
+
+
+def test_the_same_config_comes_back_and_log_intervals_may_change(tmp_path):
+  with open_workdir(tmp_path / "run", CONFIG) as path:
+    assert json.loads((path / "config.json").read_text())["seed"] == 1
+  with open_workdir(tmp_path / "run", {**CONFIG, "log_every": 9}):
+    pass
+
+
+def test_another_config_is_refused_and_listed(tmp_path):
+  with open_workdir(tmp_path, CONFIG):
+    pass
+  before = (tmp_path / "config.json").read_bytes()
+  other = {**CONFIG, "seed": 2, "model": {"hidden": (8, 9)}, "new": True}
+  with pytest.raises(BadInput) as error:
+    with open_workdir(tmp_path, other):
+      raise AssertionError("opened")
+  text = str(error.value)
+  assert "seed 1 -> 2" in text
+  assert "model.hidden [8, 8] -> [8, 9]" in text
+  assert "new (none) -> True" in text
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_what_is_no_run_is_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(BadInput, match="no run of kd_jax"):
+    check_workdir(tmp_path, CONFIG)
+  with pytest.raises(BadInput, match="is a file"):
+    check_workdir(tmp_path / "thesis.tex", CONFIG)
+  with pytest.raises(BadInput, match="local path"):
+    check_workdir("gs://bucket/run", CONFIG)
+  check_workdir(tmp_path / "new", CONFIG)
+  assert not (tmp_path / "new").exists()
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(BadInput, match="is damaged"):
+    check_workdir(tmp_path, CONFIG)
+
+
+def test_one_writer_at_a_time(tmp_path):
+  code = textwrap.dedent(f"""
+    from kd_jax.train import open_workdir
+    with open_workdir({str(tmp_path)!r}, {CONFIG!r}):
+      pass
+  """)
+  run = lambda: subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  with open_workdir(tmp_path, CONFIG):
+    second = run()
+    assert second.returncode != 0
+    assert "is in use by process" in second.stderr
+  assert run().returncode == 0  # the lock goes with its process
+
+
+def test_metrics_are_unrounded_and_cut_at_the_resumed_step(tmp_path):
+  value = np.float32(1) / np.float32(3)
+  writer = MetricWriter(tmp_path, 0)
+  for step in (1, 2, 3):
+    writer.write(step, {"loss": value}, ids="ab")
+  writer.close()
+  path = tmp_path / "metrics.jsonl"
+  with open(path, "a") as file:
+    file.write('{"step": 4, "lo')  # killed while writing
+  rows = read_metrics(path)
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert np.float32(rows[0]["loss"]) == value and rows[0]["ids"] == "ab"
+  MetricWriter(tmp_path, 2).close()
+  assert [row["step"] for row in read_metrics(path)] == [1, 2]
+  path.write_text('nonsense\n{"step": 1}\n')
+  with pytest.raises(ValueError, match="line 1: damaged"):
+    read_metrics(path)
+  assert read_metrics(tmp_path / "missing") == []
+
+
+def test_ids_hash_by_order_not_by_dtype():
+  assert hash_ids(np.array([1, 2], np.int32)) == hash_ids(np.array([1, 2]))
+  assert hash_ids(np.array([1, 2])) != hash_ids(np.array([2, 1]))
