@@ -66,6 +66,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
     print(f"{__doc__}\n{values.main_module_help() or values}")
     sys.exit(0)
   argv = _expand(argv)
+  typed, sys.argv = sys.argv, argv  # config_flags looks for overrides there
   try:
     rest = values(argv)
   except (
@@ -78,6 +79,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
     ValueError,
   ) as error:
     raise BadInput(_explain(error, values)) from error
+  finally:
+    sys.argv = typed
   if len(rest) > 1:
     raise BadInput(f"unexpected argument {rest[1]!r}; options start with --")
   if values["config"].value is None:

@@ -50,7 +50,7 @@ def test_all_positions_are_equally_likely():
 
 def test_order_is_a_pure_function():
   before = order.batch_ids(7, 5, 4, 17)
-  np.random.seed(0)  # noqa: NPY002
+  np.random.seed(0)
   spoiled = order.batch_ids(7, 5, 4, 17)
   spoiled[:] = -1  # The cache must not notice.
   for step in range(30, -1, -1):  # Forget the epoch, and go backwards.
@@ -99,5 +99,5 @@ def test_evaluation_sees_each_example_once(n, size):
 
 @pytest.mark.parametrize(("n", "size"), [(0, 5), (-1, 5), (5, 0), (5, -1)])
 def test_evaluation_of_nothing(n, size):
-  with pytest.raises(ValueError, match="is empty|must be 1 or more"):
+  with pytest.raises(ValueError, match=r"is empty|must be 1 or more"):
     order.eval_batches(n, size)

@@ -346,7 +346,7 @@ def test_bad_temperature(loss, reference, name, bad):
 @pytest.mark.parametrize("bad", ["hot", "4", True, 1j])
 def test_temperature_of_the_wrong_kind(bad):
   z = logits(0)
-  with pytest.raises(TypeError, match="temperature is .* number above 0"):
+  with pytest.raises(TypeError, match=r"temperature is .* number above 0"):
     losses.kl(z, z, temperature=bad)
   with pytest.raises(ValueError, match=r"temperature has shape \(4,\)"):
     losses.kl(z, z, temperature=np.ones(4))

@@ -193,7 +193,7 @@ def test_a_single_example():
   student = logits(0, (5,))
   expected = references.cross_entropy(student, np.eye(5)[3])
   np.testing.assert_allclose(losses.cross_entropy(student, 3), expected, 1e-6)
-  with pytest.raises(ValueError, match="^labels is 5; it should be from 0 to"):
+  with pytest.raises(ValueError, match=r"^labels is 5; it should be from 0 to"):
     losses.cross_entropy(student, 5)
 
 
