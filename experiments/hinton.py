@@ -75,6 +75,8 @@ def load(config):
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise ValueError(f"seeds is {config.seeds}; it should name distinct seeds")
   check_number("holdout", config.holdout, least=0, most=n - 1)
+  for name in ("eval_every", "save_every", "log_every"):
+    check_number(name, config[name], least=1)
   for name in ("teacher", "student"):
     check_number(f"{name}.steps", config[name].steps, least=1)
     check_number(f"{name}.learning_rate", config[name].learning_rate, above=0)
@@ -95,7 +97,8 @@ def load(config):
   for s in config.students.values():  # raises if too small for a batch
     size = len(choose(pool, s, config.seeds[0]))
     train.index_batches(0, config.student.batch_size, size)
-  return source.num_classes, pool, held, data.to_arrays(test)
+  teacher_net = network(config, config.teacher, source.num_classes)
+  return source.num_classes, teacher_net, pool, held, data.to_arrays(test)
 
 
 def choose(pool, student, seed):
@@ -132,11 +135,10 @@ def dark_knowledge(test, teacher_logits, student_logits, temperature):
   ]
 
 
-def body(config, num_classes, pool, held, test, path):
+def body(config, num_classes, teacher_net, pool, held, test, path):
   """A stage for every network and seed, then the table and the pictures."""
   board = Scoreboard(test["label"])
   stages = train.Stages(path, len(config.seeds) * (1 + len(config.students)))
-  teacher_net = network(config, config.teacher, num_classes)
   nets, costs, examples = {}, {}, []
 
   def finish(net, settings, name, label, seed, frozen):

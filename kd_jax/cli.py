@@ -78,7 +78,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
     TypeError,
     ValueError,
   ) as error:
-    raise BadInput(_explain(error, values)) from error
+    raise BadInput(_explain(error)) from error
   finally:
     sys.argv = typed
   if len(rest) > 1:
@@ -120,11 +120,20 @@ def _expand(argv: list[str]) -> list[str]:
   return out
 
 
-def _explain(error: Exception, values: flags.FlagValues) -> str:
+def _explain(error: Exception) -> str:
   """One line for what absl and ml_collections raise on a bad command line."""
-  text = " ".join(str(error).split())
+  text = str(error).strip()
   if isinstance(error, KeyError) and error.args:
-    text = " ".join(str(error.args[0]).split())
+    text = str(error.args[0])
+  hint = re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text)
+  if hint:
+    right, wrong = hint.groups()
+    return f"the config has no field {wrong!r}; did you mean {right!r}?"
+  unknown = re.search(r"Unknown command line flag 'config\.([^']*)'", text)
+  if unknown:
+    return f"the config has no field {unknown.group(1)!r}"
+  if "Traceback" in text:  # of the config file itself: its last line says it
+    return f"the config file failed: {text.splitlines()[-1]}"
   return text or type(error).__name__
 
 

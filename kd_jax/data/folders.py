@@ -101,7 +101,9 @@ def read_zip(
   try:
     archive = zipfile.ZipFile(path)
   except (zipfile.BadZipFile, OSError) as error:
-    raise BadInput(f"{path} is not a readable zip file: {error}") from error
+    raise BadInput(
+      f"{path} is neither a directory nor a readable zip file: {error}"
+    ) from error
   return _build(_list_zip(archive, path), str(path), class_names, progress)
 
 
@@ -179,7 +181,8 @@ def _build(
   groups = _group(files, where)
   if "train" not in groups:
     raise BadInput(
-      f"{where} holds no images in train/<class>/ (.jpg, .jpeg or .png)"
+      f"{where} holds no images in train/<class>/ (.jpg, .jpeg or .png); IDX "
+      "files would be named train-images-idx3-ubyte.gz and so on"
     )
   classes = sorted({file.parts[-2] for file in groups["train"]})
   if class_names is not None and classes != sorted(class_names):

@@ -87,6 +87,8 @@ def from_arrays(
     BadInput: if the counts or shapes do not fit, a split is empty or a label
       is outside the classes.
   """
+  if not splits:
+    raise BadInput("there are no splits")
   shapes = {name: images.shape[1:] for name, (images, _) in splits.items()}
   for name, (images, labels) in splits.items():
     if images.dtype != np.uint8 or images.ndim != 4:
@@ -178,10 +180,10 @@ def _read_idx_file(path: pathlib.Path, dims: int) -> tuple[np.ndarray, str]:
   limit = path.stat().st_size * (_DEFLATE_RATIO if packed else 1)
   try:
     with contextlib.ExitStack() as stack:
-      file: Any = stack.enter_context(path.open("rb"))
+      reader: Any = stack.enter_context(path.open("rb"))
       if packed:
-        file = stack.enter_context(gzip.GzipFile(fileobj=file))
-      head = file.read(4 + 4 * dims)
+        reader = stack.enter_context(gzip.open(reader))
+      head = reader.read(4 + 4 * dims)
       want = bytes([0, 0, 8, dims])
       if head[:4] != want:
         raise BadInput(
@@ -198,7 +200,7 @@ def _read_idx_file(path: pathlib.Path, dims: int) -> tuple[np.ndarray, str]:
         raise BadInput(
           f"{path} says that it holds {list(shape)}, more than it can"
         )
-      data = file.read(size + 1)
+      data = reader.read(size + 1)
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise BadInput(f"{path} is damaged or cut off: {error}") from error
   if len(data) != size:
@@ -213,8 +215,8 @@ def _read_idx_file(path: pathlib.Path, dims: int) -> tuple[np.ndarray, str]:
 
 def _array_split(images: np.ndarray, labels: np.ndarray) -> RawSplit:
   digest = hashlib.sha256(repr(images.shape).encode())
-  digest.update(np.ascontiguousarray(images))
-  digest.update(labels.astype("<i8"))
+  digest.update(images.tobytes())
+  digest.update(labels.astype("<i8").tobytes())
   return RawSplit(
     labels=labels.astype(np.int64),
     image=lambda index: png.encode(images[index]),

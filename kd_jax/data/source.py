@@ -15,8 +15,9 @@ import numpy as np
 from kd_jax.data import order
 
 Arrays = dict[str, np.ndarray]
+Images = Sequence[np.ndarray] | np.ndarray
 # ids -> (images, labels), in the order of the ids.
-Fetch = Callable[[np.ndarray], tuple[Sequence[np.ndarray], np.ndarray]]
+Fetch = Callable[[np.ndarray], tuple[Images, np.ndarray]]
 
 _CHUNK = 8192  # Examples that are decoded and then stacked at a time.
 
@@ -115,7 +116,7 @@ class Source:
   def _where(self) -> str:
     return f"data set {self.name!r} split {self.split!r}"
 
-  def _read(self, ids: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray]:
+  def _read(self, ids: np.ndarray) -> tuple[Images, np.ndarray]:
     images, labels = self.fetch(ids)
     bad = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
     if bad.size:
@@ -126,7 +127,7 @@ class Source:
       )
     return images, labels.astype(np.int32)
 
-  def _stack(self, images: Sequence[np.ndarray], ids: np.ndarray) -> np.ndarray:
+  def _stack(self, images: Images, ids: np.ndarray) -> np.ndarray:
     if isinstance(images, np.ndarray):
       return images
     shape = images[0].shape
@@ -162,7 +163,9 @@ def to_arrays(source: Source) -> Arrays:
     source.rows(positions[start : start + _CHUNK])
     for start in range(0, len(source), _CHUNK)
   ]
-  shapes = {chunk["image"].shape[1:]: chunk["id"][0] for chunk in chunks}
+  shapes: dict[tuple[int, ...], int] = {}
+  for chunk in chunks:
+    shapes.setdefault(chunk["image"].shape[1:], chunk["id"][0])
   if len(shapes) > 1:
     (a, id_a), (b, id_b) = list(shapes.items())[:2]
     raise ValueError(

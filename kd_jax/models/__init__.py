@@ -7,4 +7,5 @@ from kd_jax.models.base import (
   from_function as from_function,
   from_linen as from_linen,
 )
+from kd_jax.models.dropout import Dropout as Dropout
 from kd_jax.models.mlp import MLP as MLP

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models.base import Outputs
+from kd_jax.models.dropout import Dropout
 
 
 class MLP(nn.Module):
@@ -27,8 +28,8 @@ class MLP(nn.Module):
   def __call__(self, inputs: jax.Array, *, train: bool = False) -> Outputs:
     """Maps [batch, ...] float inputs to `Outputs` with float32 logits."""
     x = inputs.reshape(inputs.shape[0], -1)
-    x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
+    x = Dropout(self.input_dropout)(x, train=train)
     for units in self.hidden:
       x = nn.relu(nn.Dense(units, kernel_init=nn.initializers.he_normal())(x))
-      x = nn.Dropout(self.dropout, deterministic=not train)(x)
+      x = Dropout(self.dropout)(x, train=train)
     return Outputs(logits=nn.Dense(self.num_classes)(x))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import datetime
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -45,7 +46,7 @@ def record(
       result, pages = body(path)
       result = {
         "command": command(),
-        "config": dict(config),
+        "config": _portable(config),
         "environment": result_file.environment(),
         "wall_seconds": time.time() - start,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(
@@ -64,10 +65,17 @@ def record(
 
 
 def command() -> str:
-  """The command line of this process as one would type it."""
-  main = sys.modules["__main__"]
-  spec = getattr(main, "__spec__", None)
+  """The command line of this process, without the paths of this machine."""
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
   if spec is None:
     return "(called from Python)"
-  args = [arg for arg in sys.argv[1:] if not arg.startswith("--workdir")]
-  return " ".join(["python -m", spec.name, *args, "--workdir=DIR"])
+  args = " ".join(sys.argv[1:])
+  args = re.sub(r"--workdir[= ]\S+", "--workdir=WORKDIR", args)
+  args = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", args)
+  return f"python -m {spec.name} {args}"
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config without the paths of this machine."""
+  names = {"data_dir": "DATA_DIR"} if config.get("data_dir") else {}
+  return {**config, **names}
