@@ -12,13 +12,15 @@ def get_config(arg="temperature"):
   c.dataset = "mnist"
   c.seeds = (0, 1, 2, 3, 4)
   c.holdout *= 10
-  c.eval_every = 480
-  c.save_every = 1200
+  c.eval_every = 600
+  c.save_every = 900
   c.log_every = 120
   c.teacher.batch_size = 250
-  c.teacher.steps = 2880  # 12 epochs
+  c.teacher.steps = 1920  # 8 epochs
   c.student.batch_size = 250
-  c.student.steps = 2400  # 10 epochs of all examples
+  c.student.steps = 1800  # 7.5 epochs of all examples
   if "demo" in arg:
     c.seeds = (0, 1, 2)
+  if "smoke" in arg:
+    mnist5k.smoke(c)
   return c

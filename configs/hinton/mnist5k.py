@@ -7,6 +7,7 @@ Arguments, as `--config=configs/hinton/mnist5k.py:ARG`:
   sizes        students of 30, 300 and 800 units against temperature
   few_labels   a tenth of the training set: 300 examples
   demo         teacher, control and one student in about three minutes
+  smoke        joined to others: two steps of tiny networks, to try things out
 
 Several can be joined, `temperature+sizes`: they then share their teachers.
 `--config=...:demo,teacher.steps=500` is the same as `:demo` with
@@ -49,7 +50,8 @@ def only_soft(label, **more):
 
 def get_config(arg="temperature", fraction=0.1):
   """The settings of the studies in `arg`; see the top of the file."""
-  studies = (arg or "temperature").split("+")
+  words = (arg or "temperature").split("+")
+  studies = [word for word in words if word != "smoke"] or ["temperature"]
   for study in studies:
     if study not in STUDIES:
       raise ValueError(
@@ -102,7 +104,18 @@ def get_config(arg="temperature", fraction=0.1):
     c.teacher.steps = 1200
     c.student.steps = 600
     c.eval_every = 150
+  if "smoke" in words:
+    smoke(c)
   return c
+
+
+def smoke(c):
+  c.seeds = (0,)
+  for settings in (c.teacher, c.student):
+    settings.steps = 2
+    settings.batch_size = 16
+  for settings in (c.teacher, *c.students.values()):
+    settings.hidden = (8, 8)
 
 
 def demo(fraction):

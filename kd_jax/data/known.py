@@ -1,6 +1,6 @@
 """The image data sets that `prepare` knows: TFDS's names and the originals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 from kd_jax.data.raw import RawData
@@ -13,6 +13,7 @@ class Known:
 
   Attributes:
     version: TFDS's.
+    image_shape: (height, width, channels).
     counts: examples of each split.
     class_names: in the order of the labels.
     files: SHA-256 of the unpacked original files, if they are known.
@@ -20,6 +21,7 @@ class Known:
   """
 
   version: str
+  image_shape: tuple[int, int, int]
   counts: Mapping[str, int]
   class_names: tuple[str, ...]
   files: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -30,6 +32,7 @@ _MNIST_COUNTS = {"train": 60000, "test": 10000}
 KNOWN = {
   "mnist": Known(
     version="3.0.1",
+    image_shape=(28, 28, 1),
     counts=_MNIST_COUNTS,
     class_names=tuple("0123456789"),
     files={
@@ -49,6 +52,7 @@ KNOWN = {
   ),
   "fashion_mnist": Known(
     version="3.0.1",
+    image_shape=(28, 28, 1),
     counts=_MNIST_COUNTS,
     class_names=(
       "T-shirt/top",
@@ -79,11 +83,13 @@ KNOWN = {
   ),
   "kmnist": Known(
     version="3.0.1",
+    image_shape=(28, 28, 1),
     counts=_MNIST_COUNTS,
     class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
   ),
   "cifar10": Known(
     version="3.0.2",
+    image_shape=(32, 32, 3),
     counts={"train": 50000, "test": 10000},
     class_names=(
       "airplane",
@@ -111,7 +117,7 @@ def check(name: str, known: Known, data: RawData) -> None:
     data: what was read.
 
   Raises:
-    BadInput: if a file is not the original or a count differs.
+    BadInput: if a file is not the original, a shape or a count differs.
   """
   for file, digest in known.files.items():
     if data.files.get(file, digest) != digest:
@@ -119,6 +125,11 @@ def check(name: str, known: Known, data: RawData) -> None:
         f"{file} is not the original of {name}: its content has SHA-256 "
         f"{data.files[file]}, not {digest}; give changed data another NAME"
       )
+  if data.image_shape != known.image_shape:
+    raise BadInput(
+      f"{name} must have images of {describe_shape(known.image_shape)}, not "
+      f"{describe_shape(data.image_shape)}; give other data another NAME"
+    )
   counts = {split: len(one.labels) for split, one in data.splits.items()}
   if counts != known.counts:
     raise BadInput(
@@ -130,3 +141,8 @@ def check(name: str, known: Known, data: RawData) -> None:
 def describe_counts(counts: Mapping[str, int]) -> str:
   """As "60,000 train + 10,000 test"."""
   return " + ".join(f"{count:,} {split}" for split, count in counts.items())
+
+
+def describe_shape(shape: Sequence[int | None]) -> str:
+  """As "28x28x1", with a question mark for what varies."""
+  return "x".join("?" if size is None else str(size) for size in shape)

@@ -19,7 +19,7 @@ import time
 from typing import Any, NoReturn
 
 from kd_jax.data import folders, raw
-from kd_jax.data.known import KNOWN, check, describe_counts
+from kd_jax.data.known import KNOWN, check, describe_counts, describe_shape
 from kd_jax.data.sources import default_data_dir
 from kd_jax.data.writer import write
 from kd_jax.errors import BadInput
@@ -210,12 +210,15 @@ def _tell(
   seconds: float,
 ) -> None:
   counts = {split: len(one.labels) for split, one in data.splits.items()}
-  shape = "x".join("?" if n is None else str(n) for n in data.image_shape)
+  shape = describe_shape(data.image_shape)
   print(
     f"{args.name}: {describe_counts(counts)} images of {shape}, "
     f"{len(data.class_names)} classes"
   )
-  if data.lossy and args.name in KNOWN:
+  known = KNOWN.get(args.name)
+  if known and known.files and not data.files:
+    print("note: not IDX files, so nothing was compared with the originals")
+  if known and data.lossy:
     print(
       "note: the images are JPEG files, so their pixels are not those of the "
       f"original {args.name}: say so beside any number"

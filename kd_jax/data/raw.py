@@ -52,7 +52,7 @@ class RawData:
     splits: by name.
     class_names: a label is an index into it.
     image_shape: (height, width, channels), None where it varies.
-    files: SHA-256 of the unpacked raw files by name, where there are few.
+    files: SHA-256 of the unpacked IDX files, by the names that MNIST's have.
     lossy: True if the images are JPEG files.
   """
 
@@ -152,22 +152,20 @@ def read_idx(
       )
     paths[key] = path
   splits, files = {}, {}
-  for split in ("train", "test"):
-    found = {kind: paths.get((split, kind)) for kind in _IDX_DIMS}
-    if split == "test" and not any(found.values()):
+  for split, original in (("train", "train"), ("test", "t10k")):
+    if split == "test" and not any((split, k) in paths for k in _IDX_DIMS):
       continue
-    arrays = []
-    for kind, path in found.items():
-      if path is None:
+    arrays = {}
+    for kind, dims in _IDX_DIMS.items():
+      if (split, kind) not in paths:
         raise BadInput(f"{directory} holds no {split} {kind} file")
-      array, digest = _read_idx_file(path, _IDX_DIMS[kind])
-      arrays.append(array)
-      files[path.name.removesuffix(".gz")] = digest
-    images, labels = arrays
+      arrays[kind], digest = _read_idx_file(paths[split, kind], dims)
+      files[f"{original}-{kind}-idx{dims}-ubyte"] = digest
+    images, labels = arrays["images"], arrays["labels"]
     if len(images) != len(labels):
       raise BadInput(
-        f"{found['images']} holds {len(images)} images, but "
-        f"{found['labels']} {len(labels)} labels"
+        f"{paths[split, 'images']} holds {len(images)} images, but "
+        f"{paths[split, 'labels']} {len(labels)} labels"
       )
     splits[split] = (images[..., None], labels.astype(np.int64))
   return dataclasses.replace(from_arrays(splits, class_names), files=files)

@@ -35,9 +35,9 @@ def write(
   """Writes checked raw data as the TFDS data set data_dir/name/version.
 
   It is built in a hidden directory beside and moved to its place when it is
-  whole. Each example has "image" (PNG, or the file's own JPEG), "label" and
-  "index", its position in the raw files; TFDS fixes the order on disk by a
-  hash of that.
+  whole; a process that is killed outright leaves that directory behind. Each
+  example has "image" (PNG, or the file's own JPEG), "label" and "index", its
+  position in the raw files; TFDS fixes the order on disk by a hash of that.
 
   Args:
     name: lower-case letters, digits and underscores, from a letter on.
@@ -145,7 +145,10 @@ def _build(
     def initialize_from_bucket(self) -> None:
       """Does nothing."""
 
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  class Builder(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]
+  ):
     """Hands the raw examples to TFDS."""
 
     VERSION = tfds.core.Version(version)

@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from kd_jax import data
-from kd_jax.data import png, prepare, raw, writer
+from kd_jax.data import known, png, prepare, raw, writer
 from kd_jax.errors import BadInput
 
 
@@ -211,11 +211,60 @@ def test_well_known_names_are_held_to_the_originals(tmp_path, capsys):
   source, target = tmp_path / "raw", tmp_path / "d"
   message = "train-images-idx3-ubyte is not the original of mnist"
   assert_refused(capsys, message, source, target, "mnist")
-  message = "kmnist must have 60,000 train + 10,000 test examples, not 30 train"
+  message = "kmnist must have images of 28x28x1, not 6x5x1"
+  assert_refused(capsys, message, source, target, "kmnist")
+  images, labels = make_arrays(12, (28, 28))
+  write_idx(
+    source,
+    **{"train-images-idx3": images, "train-labels-idx1": labels},
+    **{"t10k-images-idx3": images, "t10k-labels-idx1": labels},
+  )
+  message = "must have 60,000 train + 10,000 test examples, not 12 train + 12"
   assert_refused(capsys, message, source, target, "kmnist")
   write_idx(source, **{"t10k-labels-idx1": np.full(12, 10, np.uint8)})
   message = "label 10 of test image 0 is outside the 10 classes [0, 9]"
   assert_refused(capsys, message, source, target, "fashion_mnist")
+
+
+def test_other_file_names_do_not_hide_another_content(tmp_path, capsys):
+  write_idx(tmp_path / "raw", packed=False)
+  for path in (tmp_path / "raw").iterdir():
+    path.rename(path.with_name("my-" + path.name.replace("-idx", ".idx")))
+  message = "train-images-idx3-ubyte is not the original of mnist"
+  assert_refused(capsys, message, tmp_path / "raw", tmp_path / "d", "mnist")
+
+
+@pytest.mark.parametrize(
+  ("name", "version", "shape", "text_id"),
+  [
+    ("mnist", "3.0.1", (28, 28, 1), False),
+    ("cifar10", "3.0.2", (32, 32, 3), True),
+  ],
+)
+def test_the_code_in_tfds_reads_its_names(
+  tmp_path, name, version, shape, text_id
+):
+  import tensorflow_datasets as tfds
+
+  images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
+  labels = np.arange(9)
+  found = raw.from_arrays(
+    {"train": (images, labels)}, known.KNOWN[name].class_names
+  )
+  writer.write(name, found, tmp_path, version=version, text_id=text_id)
+  by_code = tfds.builder(name, data_dir=str(tmp_path))
+  assert type(by_code).__module__.startswith("tensorflow_datasets.image_class")
+  assert by_code.info.features["label"].names == list(found.class_names)
+  records = tfds.data_source(
+    name, split="train", data_dir=str(tmp_path), download=False
+  )
+  ours = data.load(name, "train", str(tmp_path))
+  assert set(records[0]) == {"image", "label"} | ({"id"} if text_id else set())
+  for record, example in zip(records, ours, strict=True):
+    assert np.array_equal(record["image"], example["image"])
+    assert record["label"] == example["label"]
+    if text_id:
+      assert record["id"] == f"train_{example['label']:05}".encode()
 
 
 # Existing data sets and interruptions.
