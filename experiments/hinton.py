@@ -72,6 +72,12 @@ def load(config):
   test = data.load(config.dataset, config.test_split, config.data_dir)
   arrays = data.to_arrays(source)
   n = len(arrays["id"])
+  claimed = {row for claim in config.claims for row in claim[1:3]}
+  missing = {row.removesuffix("+bias") for row in claimed} - set(config.rows)
+  if missing:
+    raise ValueError(
+      f"claims speak of {sorted(missing)}, which rows leaves out; set claims"
+    )
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise ValueError(f"seeds is {config.seeds}; it should name distinct seeds")
   check_number("holdout", config.holdout, least=0, most=n - 1)
@@ -80,8 +86,11 @@ def load(config):
   for name in ("teacher", "student"):
     check_number(f"{name}.steps", config[name].steps, least=1)
     check_number(f"{name}.learning_rate", config[name].learning_rate, above=0)
+    for key in ("dropout", "input_dropout"):
+      check_number(f"{name}.{key}", config[name][key], least=0, most=0.99)
     train.check_divides(config[name].batch_size, jax.device_count())
-  for name, s in config.students.items():
+  for name in config.rows:
+    s = config.students[name]
     check_number(f"students.{name}.temperature", s.temperature, above=0)
     check_number(f"students.{name}.soft_weight", s.soft_weight, least=0)
     check_number(f"students.{name}.hard_weight", s.hard_weight, least=0)
@@ -94,8 +103,8 @@ def load(config):
   pool = {k: v[: n - config.holdout] for k, v in arrays.items()}
   held = {k: v[n - config.holdout :] for k, v in arrays.items()}
   train.index_batches(0, config.teacher.batch_size, len(pool["id"]))
-  for s in config.students.values():  # raises if too small for a batch
-    size = len(choose(pool, s, config.seeds[0]))
+  for name in config.rows:  # raises if too small for a batch
+    size = len(choose(pool, config.students[name], config.seeds[0]))
     train.index_batches(0, config.student.batch_size, size)
   teacher_net = network(config, config.teacher, source.num_classes)
   return source.num_classes, teacher_net, pool, held, data.to_arrays(test)
@@ -138,7 +147,7 @@ def dark_knowledge(test, teacher_logits, student_logits, temperature):
 def body(config, num_classes, teacher_net, pool, held, test, path):
   """A stage for every network and seed, then the table and the pictures."""
   board = Scoreboard(test["label"])
-  stages = train.Stages(path, len(config.seeds) * (1 + len(config.students)))
+  stages = train.Stages(path, len(config.seeds) * (1 + len(config.rows)))
   nets, costs, examples = {}, {}, []
 
   def finish(net, settings, name, label, seed, frozen):
@@ -167,7 +176,8 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
     )
     board.add("teacher", taught, title=label, paper=config.teacher.paper)
     column = teacher_net.predict(teacher, pool["image"])
-    for name, s in config.students.items():
+    for name in config.rows:
+      s = config.students[name]
       if s.hidden not in nets:
         settings = config.student.copy_and_resolve_references()
         settings.hidden = s.hidden

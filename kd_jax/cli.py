@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from absl import flags, logging
+import jax
 from ml_collections import ConfigDict, config_flags
 
 from kd_jax.errors import BadInput
@@ -43,6 +44,12 @@ def main(
     flag_values=values,
   )
   flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Every host of a pod runs this command: join them before anything else.",
+    flag_values=values,
+  )
+  flags.DEFINE_bool(
     "help", False, "Show this text.", short_name="h", flag_values=values
   )
   try:
@@ -50,6 +57,8 @@ def main(
   except BadInput as error:
     _leave(error)
   logging.set_verbosity(logging.WARNING)  # orbax and tfds tell a lot
+  if values["distributed"].value:
+    jax.distributed.initialize()
   try:
     run(config, workdir)
   except BadInput as error:

@@ -94,9 +94,11 @@ def get_config(arg="temperature", fraction=0.1):
       "learning_rate": 1e-3,
     }
   )
-  c.students = ConfigDict()
+  rows = {}
   for study in studies:
-    c.students.update(STUDIES[study](fraction))
+    rows.update(STUDIES[study](fraction))
+  c.rows = tuple(rows)  # in this order; leave some out to train fewer
+  c.students = ConfigDict(rows)
   c.claims = tuple(claim for study in studies for claim in CLAIMS[study])
   if any(s.learn_bias for s in c.students.values()):
     c.holdout = 500

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
   """
   parser = argparse.ArgumentParser(
     prog="python -m kd_jax.data.prepare",
-    description="Turn raw image files on disk into a TFDS data set that is "
-    "read without TensorFlow and without a network.",
+    description="Turn raw image files on disk into a TFDS data set, without "
+    "a network.",
     epilog="""\
 examples:
   python -m kd_jax.data.prepare mnist --source ~/mnist --data_dir ~/tfds

@@ -175,18 +175,20 @@ def _to_plain(tree: Any) -> Any:
 
 
 def _from_plain(plain: Any, template: Any) -> Any:
-  def back(x, like):
-    if x.shape != np.shape(
-      jax.random.key_data(like) if _is_key(like) else like
-    ):
+  def back(path, x, like):
+    typed = _is_key(like)
+    shape = np.shape(jax.random.key_data(like) if typed else like)
+    if x.shape != shape:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise CheckpointError(
-        f"a stored array has shape {x.shape}; the program has {like.shape}"
+        f"the checkpoint is of another architecture: {name} has shape "
+        f"{x.shape} there and {shape} in this program"
       )
-    if _is_key(like):
+    if typed:
       return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
     return jnp.asarray(x)
 
-  return jax.tree.map(back, plain, template)
+  return jax.tree_util.tree_map_with_path(back, plain, template)
 
 
 def _digests(plain: Any) -> dict[str, str]:

@@ -140,9 +140,10 @@ def fit(
         batch = inputs[0]
       else:
         batch = {k: np.stack([b[k] for b in inputs]) for k in inputs[0]}
-      new_state, metrics = runner(state, frozen, runner.shard(batch))
-      settle()  # of the previous call, while this one runs
-      state = new_state
+      state, metrics = runner(state, frozen, runner.shard(batch))
+      # The previous call's, while this one runs. If that was bad, this one
+      # has changed nothing.
+      settle()
       pending = (step, inputs, metrics)
       step += count
       due_eval = evaluate is not None and (
@@ -236,5 +237,7 @@ class _Progress:
       self.say(f"{self._title}: step {step}/{self._num_steps}{self._scores}")
 
   def say(self, line: str) -> None:
-    if self._on:
+    if self._terminal:
       tqdm.write(line, file=sys.stderr)
+    elif self._on:
+      print(line, file=sys.stderr, flush=True)

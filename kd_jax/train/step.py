@@ -180,7 +180,7 @@ def make_step(
     axis_name: str | None = None,
   ) -> tuple[TrainState, Metrics]:
     grads, metrics, model_state = gradients(state, frozen, batch, axis_name)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     # The squares in the norm overflow where Adam's second moment would.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     frozen_for_good = state.skipped > max_skipped

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import hypothesis
 from hypothesis import strategies as st
@@ -77,6 +79,18 @@ def test_cut_off_files(keep):
   image = np.random.default_rng(0).integers(0, 256, (20, 20, 1), dtype=np.uint8)
   with pytest.raises(ValueError, match="not a readable PNG or JPEG"):
     png.decode(png.encode(image)[:keep], 1)
+
+
+def test_a_stream_without_its_checksum_is_not_trusted():
+  image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
+  rows = np.pad(image[..., 0], ((0, 0), (1, 0))).tobytes()
+  header = png._chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 3, 8, 0, 0, 0, 0))
+  end = png._chunk(b"IEND", b"")
+  for cut, trusted in ((0, True), (4, False), (1, False)):
+    stream = zlib.compress(rows)
+    body = png._chunk(b"IDAT", stream[: len(stream) - cut])
+    pixels = png._decode_plain(png.encode(image)[:8] + header + body + end)
+    assert (pixels is not None) == trusted
 
 
 @pytest.mark.parametrize(

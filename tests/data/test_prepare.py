@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from kd_jax import data
-from kd_jax.data import known, png, prepare, raw, writer
+from kd_jax.data import folders, known, png, prepare, raw, writer
 from kd_jax.errors import BadInput
 
 
@@ -439,6 +439,15 @@ def test_a_folder_and_its_zip_are_the_same(tmp_path, capsys):
   assert run(capsys, "birds", "--source", folder, *target)[0] == 0
   code, out, _ = run(capsys, "birds", "--source", archive, *target)
   assert code == 0 and "already there, the same" in out
+
+
+def test_small_images_are_stored_decoded(tmp_path):
+  # Two JPEG decoders may differ by one level; PNG is the same for all.
+  source = write_folder(tmp_path / "raw", make_files(form="JPEG"))
+  found = folders.read_directory(source)
+  assert found.lossy
+  for split in found.splits.values():
+    assert split.image(0).startswith(b"\x89PNG")
 
 
 def test_large_images_stay_as_they_are(tmp_path):

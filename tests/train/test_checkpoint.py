@@ -113,7 +113,7 @@ def test_another_architecture_is_an_error(tmp_path):
   save(tmp_path, 5)
   other = tree(0) | {"w": jnp.zeros((64, 65))}
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"w has shape \(64, 64\) there"):
       checkpoints.restore(other)
   assert (tmp_path / "5").is_dir()
 

@@ -1,0 +1,144 @@
+"""The command of every experiment: wrong input is one line and exit code 2."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import hinton
+from kd_jax import cli
+
+CONFIG = "configs/hinton/mnist5k.py"
+SMOKE = f"--config={CONFIG}:demo+smoke"
+
+
+def call(capsys, monkeypatch, *args, run=hinton.run):
+  """Exit code and standard error of the command, in this process."""
+  argv = ["experiments/hinton.py", *map(str, args)]
+  monkeypatch.setattr(sys, "argv", argv)
+  code = 0
+  try:
+    cli.main(run)
+  except SystemExit as stop:
+    code = stop.code
+  return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "args,message",
+  [
+    ([SMOKE + ",teacher.stepz=3"], "no field 'stepz'; did you mean 'steps'?"),
+    ([SMOKE, "--config.zzz=3"], "no field 'zzz'"),
+    ([SMOKE, "--config.teacher.steps=abc"], "config.teacher.steps=abc"),
+    ([SMOKE, "--config.teacher.steps=4.5"], "config.teacher.steps=4.5"),
+    ([SMOKE + ",nonsense"], "should be key=value"),
+    ([f"--config={CONFIG}:nope"], "unknown argument 'nope'; it should be one"),
+    (["--config=configs/hinton/mnist6k.py"], f"did you mean {CONFIG}?"),
+    (["--config"], "write --config=FILE"),
+    ([], "--config is missing"),
+    ([SMOKE, "extra"], "unexpected argument 'extra'"),
+    ([SMOKE, "--confg=3"], "confg"),
+    ([SMOKE + ",dataset=mnits"], "data set 'mnits' is not in"),
+    ([SMOKE + ",train_split=tran"], "tran"),
+    ([SMOKE + ",students.soft_t4.temperature=0"], "temperature is 0.0"),
+    ([SMOKE + ",students.soft_t4.temperature=nan"], "temperature is nan"),
+    ([SMOKE + ",students.hard.hard_weight=-1"], "hard_weight is -1.0"),
+    ([SMOKE, "--config.students.hard.classes=(3,10)"], "classes is 10"),
+    ([SMOKE + ",students.hard.fraction=0.001"], "only 3 examples"),
+    ([SMOKE + ",students.hard.learn_bias=true"], "needs holdout above 0"),
+    ([SMOKE + ",holdout=3000"], "holdout is 3000"),
+    ([SMOKE, "--config.seeds=(1,1)"], "distinct seeds"),
+    ([SMOKE + ",teacher.steps=0"], "teacher.steps is 0"),
+    ([SMOKE + ",teacher.batch_size=4000"], "batch_size is 4000"),
+    ([SMOKE + ",student.batch_size=12"], "the nearest are 8 and 16"),
+    ([SMOKE + ",parallel=threads"], "how is 'threads'"),
+    ([SMOKE + ",log_every=0"], "log_every is 0"),
+    ([SMOKE + ",teacher.dropout=1.5"], "teacher.dropout is 1.5"),
+  ],
+)
+def test_wrong_input(capsys, monkeypatch, tmp_path, args, message):
+  workdir = tmp_path / "run"
+  code, err = call(capsys, monkeypatch, *args, f"--workdir={workdir}")
+  assert code == 2
+  assert message in err
+  assert err.startswith("error: ") and err.count("\n") == 1
+  assert "Traceback" not in err
+  assert not workdir.exists()
+
+
+def test_no_workdir(capsys, monkeypatch):
+  code, err = call(capsys, monkeypatch, SMOKE)
+  assert code == 2 and "--workdir is missing" in err
+
+
+def test_a_workdir_of_another_config(capsys, monkeypatch, tmp_path):
+  workdir = f"--workdir={tmp_path / 'run'}"
+  assert call(capsys, monkeypatch, SMOKE, workdir)[0] == 0
+  files = sorted((tmp_path / "run").rglob("*"))
+  before = {f: f.read_bytes() for f in files if f.is_file()}
+  code, err = call(
+    capsys, monkeypatch, SMOKE + ",teacher.learning_rate=0.1", workdir
+  )
+  assert code == 2
+  assert "teacher.learning_rate 0.001 -> 0.1" in err
+  assert {f: f.read_bytes() for f in files if f.is_file()} == before
+  assert sorted((tmp_path / "run").rglob("*")) == files
+
+
+def test_overrides_reach_the_run_in_every_form(capsys, monkeypatch, tmp_path):
+  seen = []
+  run = lambda config, workdir: seen.append((config, workdir)) or {}
+  code, _ = call(
+    capsys,
+    monkeypatch,
+    "--config.student.steps=7",
+    f"--config={CONFIG}:demo,teacher.steps=9,seeds=(4,)",
+    "--workdir",
+    tmp_path,
+    run=run,
+  )
+  ((config, workdir),) = seen
+  assert code == 0 and workdir == str(tmp_path)
+  assert config.student.steps == 7 and config.teacher.steps == 9
+  assert config.seeds == (4,)
+
+
+def test_a_failed_run_is_exit_code_1(capsys, monkeypatch, tmp_path):
+  def run(config, workdir):
+    raise FloatingPointError("step 3 is not finite: hard = nan")
+
+  code, err = call(
+    capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=run
+  )
+  assert code == 1 and err == "error: step 3 is not finite: hard = nan\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys, tmp_path):
+  def run(config, workdir):
+    raise KeyError("bug")
+
+  with pytest.raises(KeyError, match="bug"):
+    call(capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=run)
+
+
+def test_the_command_itself(tmp_path):
+  """As typed, in a process of its own: --help, then a wrong key."""
+  root = pathlib.Path(__file__).parents[1]
+
+  def run(*args):
+    return subprocess.run(
+      [sys.executable, "-m", "experiments.hinton", *args],
+      cwd=root,
+      env=os.environ,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  shown = run("--help")
+  assert shown.returncode == 0 and "--workdir" in shown.stdout
+  wrong = run(SMOKE + ",seedz=1", f"--workdir={tmp_path / 'x'}")
+  assert wrong.returncode == 2
+  assert wrong.stderr.endswith("did you mean 'seeds'?\n")

@@ -1,0 +1,37 @@
+"""Rows of a result, seed by seed."""
+
+import numpy as np
+import pytest
+
+from kd_jax.scoreboard import Scoreboard
+
+
+def logits_of(predictions, classes=3):
+  return 4.0 * np.eye(classes, dtype=np.float32)[predictions]
+
+
+def test_rows_and_comparisons():
+  labels = np.array([0, 1, 2, 2])
+  board = Scoreboard(labels)
+  absent = np.array([False, False, True])
+  for wrong in (0, 1, 2):
+    guess = labels.copy()
+    guess[: wrong + 1] = (guess[: wrong + 1] + 1) % 3
+    assert board.add("hard", logits_of(guess), title="hard labels") == wrong + 1
+    taught = logits_of(labels)
+    board.add("soft", taught, teacher_logits=taught, paper=7, absent=absent)
+  hard, soft = board.rows
+  assert hard["name"] == "hard labels" and hard["values"] == [1, 2, 3]
+  assert hard["paper"] is None and soft["paper"] == 7
+  assert "agreement" not in hard["details"]
+  assert soft["details"]["agreement"] == [1.0] * 3
+  assert soft["details"]["errors on absent classes"] == [0.0] * 3
+  assert hard["details"]["accuracy"] == [0.75, 0.5, 0.25]
+  (entry,) = board.compare([("soft is better", "soft", "hard", "lower")])
+  assert entry["differences"] == [-1, -2, -3]
+  assert entry["a"] == "soft" and entry["b"] == "hard labels"
+
+
+def test_an_unknown_row_is_an_error():
+  with pytest.raises(KeyError, match="soft"):
+    Scoreboard(np.zeros(1, int)).compare([("", "soft", "hard", "lower")])
