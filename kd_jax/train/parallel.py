@@ -43,9 +43,15 @@ class Runner:
     self.how = how
     self.devices = tuple(devices)
     self.steps_per_call = steps_per_call
-    self._mesh = Mesh(
-      np.asarray(self.devices), (AXIS,), axis_types=(AxisType.Auto,)
-    )
+    # The rows of this process: pmap takes and gives what is local.
+    here = jax.process_index()
+    self._local = [
+      i for i, d in enumerate(self.devices) if d.process_index == here
+    ]
+    mesh = self.devices
+    if how == "pmap":
+      mesh = tuple(self.devices[i] for i in self._local)
+    self._mesh = Mesh(np.asarray(mesh), (AXIS,), axis_types=(AxisType.Auto,))
     axis_name = None if how == "jit" else AXIS
     one = functools.partial(step, axis_name=axis_name)
 
@@ -73,7 +79,7 @@ class Runner:
   def replicate(self, tree: Any) -> Any:
     """Puts a copy of every array on every device."""
     spec = P() if self.how == "jit" else P(AXIS)
-    copies = len(self.devices)
+    copies = len(self._local)
 
     def put(x):
       if self.how == "pmap":
@@ -104,7 +110,7 @@ class Runner:
         return self._put(x, P(*[None] * lead, AXIS))
       split = (len(self.devices), x.shape[lead] // len(self.devices))
       x = x.reshape(*x.shape[:lead], *split, *x.shape[lead + 1 :])
-      return self._put(np.moveaxis(x, lead, 0), P(AXIS))
+      return self._put(np.moveaxis(x, lead, 0)[self._local], P(AXIS))
 
     return jax.tree.map(put, batch)
 
@@ -135,7 +141,7 @@ class Runner:
 
   def _put(self, x: Any, spec: P) -> jax.Array:
     sharding = NamedSharding(self._mesh, spec)
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or self.how == "pmap":
       return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(
       x.dtype, jax.dtypes.prng_key

@@ -108,10 +108,11 @@ def test_experiments_do_not_import_each_other(path):
 
 
 @pytest.mark.parametrize("path", files("configs"), ids=shown)
-def test_configs_import_ml_collections_only(path):
+def test_configs_import_ml_collections_and_each_other_only(path):
   for module, line, _ in imports(path):
     package = module.split(".")[0]
-    allowed = package == "ml_collections" or package in sys.stdlib_module_names
+    allowed = package in {"ml_collections", "configs"}
+    allowed |= package in sys.stdlib_module_names
     assert allowed, f"line {line}: {module}"
 
 
