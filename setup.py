@@ -41,6 +41,7 @@ DEV = [
   "pytest>=8.3.0",
   "pytest-xdist>=3.6.1",
   "ruff>=0.17.6",
+  "scikit-learn>=1.6.0",
 ]
 
 setup(

@@ -104,7 +104,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
 def _expand(argv: list[str]) -> list[str]:
   """Turns `--config=FILE:ARG,key=value` into an ARG and overrides."""
   out = []
-  for i, arg in enumerate(argv):
+  for arg in argv:
     match = re.fullmatch(r"--?config=([^:]*)(?::(.*))?", arg)
     if not match:
       if arg in ("--config", "-config"):
@@ -117,14 +117,13 @@ def _expand(argv: list[str]) -> list[str]:
       close = difflib.get_close_matches(file, there, n=1, cutoff=0.3)
       hint = f"; did you mean {close[0]}?" if close else ""
       raise BadInput(f"--config: there is no file {file}{hint}")
-    parts = (spec or "").split(",")
+    parts = re.split(r",(?![^(]*\))", spec or "")  # not within (1,2)
     name = "" if "=" in parts[0] else parts.pop(0)
     out.append(f"--config={file}" + (f":{name}" if name else ""))
     for part in filter(None, parts):
       key, equals, value = part.partition("=")
       if not equals:
         raise BadInput(f"--config: {part!r} in {arg!r} should be key=value")
-      argv[i + 1 : i + 1] = []
       out.append(f"--config.{key}={value}")
   return out
 
@@ -134,6 +133,9 @@ def _explain(error: Exception) -> str:
   text = str(error).strip()
   if isinstance(error, KeyError) and error.args:
     text = str(error.args[0])
+    if text.strip("\"'").isidentifier():  # nothing but the key itself
+      text = text.strip("\"'")
+      return f"the config has no field {text!r}"
   hint = re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text)
   if hint:
     right, wrong = hint.groups()
