@@ -102,9 +102,12 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
 
 
 def _expand(argv: list[str]) -> list[str]:
-  """Turns `--config=FILE:ARG,key=value` into an ARG and overrides."""
-  out = []
-  for arg in argv:
+  """Turns `--config=FILE:ARG,key=value` into an ARG and overrides.
+
+  The file comes first then, as config_flags wants it.
+  """
+  config, out = [], []
+  for arg in argv[1:]:
     match = re.fullmatch(r"--?config=([^:]*)(?::(.*))?", arg)
     if not match:
       if arg in ("--config", "-config"):
@@ -119,23 +122,22 @@ def _expand(argv: list[str]) -> list[str]:
       raise BadInput(f"--config: there is no file {file}{hint}")
     parts = re.split(r",(?![^(]*\))", spec or "")  # not within (1,2)
     name = "" if "=" in parts[0] else parts.pop(0)
-    out.append(f"--config={file}" + (f":{name}" if name else ""))
+    config.append(f"--config={file}" + (f":{name}" if name else ""))
     for part in filter(None, parts):
       key, equals, value = part.partition("=")
       if not equals:
         raise BadInput(f"--config: {part!r} in {arg!r} should be key=value")
-      out.append(f"--config.{key}={value}")
-  return out
+      config.append(f"--config.{key}={value}")
+  return [argv[0], *config, *out]
 
 
 def _explain(error: Exception) -> str:
   """One line for what absl and ml_collections raise on a bad command line."""
   text = str(error).strip()
-  if isinstance(error, KeyError) and error.args:
-    text = str(error.args[0])
-    if text.strip("\"'").isidentifier():  # nothing but the key itself
-      text = text.strip("\"'")
-      return f"the config has no field {text!r}"
+  if isinstance(error, KeyError | AttributeError):
+    key = text.strip("\"'")
+    if key.isidentifier():  # ml_collections said nothing but the key
+      return f"the config has no field {key!r}"
   hint = re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text)
   if hint:
     right, wrong = hint.groups()
