@@ -66,6 +66,10 @@ def network(config, settings, num_classes, teacher=None):
   )
 
 
+def size_of(settings):
+  return "-".join(map(str, settings.hidden))
+
+
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
   source = data.load(config.dataset, config.train_split, config.data_dir)
@@ -147,8 +151,10 @@ def dark_knowledge(test, teacher_logits, student_logits, temperature):
 def body(config, num_classes, teacher_net, pool, held, test, path):
   """A stage for every network and seed, then the table and the pictures."""
   board = Scoreboard(test["label"])
-  stages = train.Stages(path, len(config.seeds) * (1 + len(config.rows)))
-  nets, costs, examples = {}, {}, []
+  teacher_seeds = config.teacher.seeds or config.seeds
+  total = len(teacher_seeds) + len(config.seeds) * len(config.rows)
+  stages = train.Stages(path, total)
+  nets, teachers, costs, examples = {}, {}, {}, []
 
   def finish(net, settings, name, label, seed, frozen):
     """Trains one stage; returns its variables and test logits."""
@@ -163,19 +169,22 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
       title=title,
       **{k: config[k] for k in ("eval_every", "save_every", "log_every")},
     )
-    if seed == config.seeds[0]:
+    if label not in costs:
       digits = test["image"][:100]
       costs[label] = compression.cost(net.logits, variables, digits)
     return variables, net.predict(variables, test["image"])
 
-  for seed in config.seeds:
-    label = "teacher " + "-".join(map(str, config.teacher.hidden))
-    frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
-    teacher, taught = finish(
-      teacher_net, config.teacher, "teacher", label, seed, frozen
-    )
-    board.add("teacher", taught, title=label, paper=config.teacher.paper)
-    column = teacher_net.predict(teacher, pool["image"])
+  for number, seed in enumerate(config.seeds):
+    source = teacher_seeds[number % len(teacher_seeds)]
+    if source not in teachers:
+      frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
+      settings, label = config.teacher, f"teacher {size_of(config.teacher)}"
+      found = finish(teacher_net, settings, "teacher", label, source, frozen)
+      paper = settings.paper
+      board.add("teacher", found[1], seed=source, title=label, paper=paper)
+      column = teacher_net.predict(found[0], pool["image"])
+      teachers[source] = (*found, column)
+    teacher, taught, column = teachers[source]
     for name in config.rows:
       s = config.students[name]
       if s.hidden not in nets:
@@ -184,8 +193,7 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
         nets[s.hidden] = network(
           config, settings, num_classes, teacher_net.model
         )
-      net = nets[s.hidden]
-      rows = choose(pool, s, seed)
+      net, rows = nets[s.hidden], choose(pool, s, seed)
       transfer = {k: v[rows] for k, v in pool.items()}
       weights = ("temperature", "soft_weight", "hard_weight")
       frozen = {"data": transfer, "hparams": {k: s[k] for k in weights}}
@@ -197,7 +205,9 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
       if not examples:
         examples = dark_knowledge(test, taught, logits, s.temperature)
       absent = ~np.isin(np.arange(num_classes), transfer["label"])
-      add = functools.partial(board.add, teacher_logits=taught, absent=absent)
+      add = functools.partial(
+        board.add, seed=seed, teacher_logits=taught, absent=absent
+      )
       add(name, logits, title=s.label, paper=s.paper)
       if s.learn_bias:
         guess = net.predict(student, held["image"])

@@ -26,6 +26,7 @@ class Scoreboard:
     name: str,
     logits: np.ndarray,
     *,
+    seed: int,
     title: str | None = None,
     paper: float | None = None,
     teacher_logits: np.ndarray | None = None,
@@ -37,6 +38,7 @@ class Scoreboard:
     Args:
       name: short name of the setting; rows keep the order of their first seed.
       logits: [n, classes], the predictions for the test set.
+      seed: the run's seed.
       title: what a person reads in the table; `name` by default.
       paper: the paper's number of errors; None or 0 if it gives none.
       teacher_logits: [n, classes], for agreement and KL.
@@ -52,6 +54,7 @@ class Scoreboard:
       {
         "name": title or name,
         "paper": paper or None,
+        "seeds": [],
         "values": [],
         "details": {},
       },
@@ -65,6 +68,7 @@ class Scoreboard:
     if absent is not None and absent.any():
       wrong = logits.argmax(-1) != self.labels
       scores["errors on absent classes"] = wrong[absent[self.labels]].sum()
+    row["seeds"].append(int(seed))
     row["values"].append(errors)
     for key, value in {**scores, **details}.items():
       row["details"].setdefault(key, []).append(float(value))

@@ -109,9 +109,7 @@ def test_a_failed_run_is_exit_code_1(capsys, monkeypatch, tmp_path):
   def run(config, workdir):
     raise FloatingPointError("step 3 is not finite: hard = nan")
 
-  code, err = call(
-    capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=run
-  )
+  code, err = call(capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=run)
   assert code == 1 and err == "error: step 3 is not finite: hard = nan\n"
 
 

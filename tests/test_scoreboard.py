@@ -17,11 +17,20 @@ def test_rows_and_comparisons():
   for wrong in (0, 1, 2):
     guess = labels.copy()
     guess[: wrong + 1] = (guess[: wrong + 1] + 1) % 3
-    assert board.add("hard", logits_of(guess), title="hard labels") == wrong + 1
+    found = board.add("hard", logits_of(guess), seed=wrong, title="hard labels")
+    assert found == wrong + 1
     taught = logits_of(labels)
-    board.add("soft", taught, teacher_logits=taught, paper=7, absent=absent)
+    board.add(
+      "soft",
+      taught,
+      seed=wrong,
+      teacher_logits=taught,
+      paper=7,
+      absent=absent,
+    )
   hard, soft = board.rows
   assert hard["name"] == "hard labels" and hard["values"] == [1, 2, 3]
+  assert hard["seeds"] == [0, 1, 2]
   assert hard["paper"] is None and soft["paper"] == 7
   assert "agreement" not in hard["details"]
   assert soft["details"]["agreement"] == [1.0] * 3

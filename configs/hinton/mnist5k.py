@@ -9,6 +9,8 @@ Arguments, as `--config=configs/hinton/mnist5k.py:ARG`:
   demo         teacher, control and one student in about three minutes
   smoke        joined to others: two steps of tiny networks, to try things out
 
+  all          the five studies in one run
+
 Several can be joined, `temperature+sizes`: they then share their teachers.
 `--config=...:demo,teacher.steps=500` is the same as `:demo` with
 `--config.teacher.steps=500`.
@@ -52,6 +54,8 @@ def get_config(arg="temperature", fraction=0.1):
   """The settings of the studies in `arg`; see the top of the file."""
   words = (arg or "temperature").split("+")
   studies = [word for word in words if word != "smoke"] or ["temperature"]
+  if "all" in studies:
+    studies = [study for study in STUDIES if study != "demo"]
   for study in studies:
     if study not in STUDIES:
       raise ValueError(
@@ -81,6 +85,7 @@ def get_config(arg="temperature", fraction=0.1):
       "batch_size": 100,
       "learning_rate": 1e-3,
       "paper": 67.0,
+      "seeds": (),  # of the teachers; () is one for each student's seed
     }
   )
   c.student = ConfigDict(

@@ -87,6 +87,8 @@ def test_dropout_keeps_the_expectation_and_the_share(rate):
 
 def test_dropout_is_off_in_evaluation_and_refuses_nonsense():
   x = jnp.ones((2, 3))
-  np.testing.assert_array_equal(models.Dropout(0.5).apply({}, x, train=False), x)
+  np.testing.assert_array_equal(
+    models.Dropout(0.5).apply({}, x, train=False), x
+  )
   with pytest.raises(ValueError, match=r"rate is 1\.5"):
     models.Dropout(1.5).apply({}, x, train=False)

@@ -23,9 +23,7 @@ class Problem:
       "label": rng.integers(0, CLASSES, N).astype(np.int32),
       "valid": np.arange(N) % 5 != 0,
     }
-    self.model = models.from_linen(
-      models.MLP(hidden=(8,), num_classes=CLASSES)
-    )
+    self.model = models.from_linen(models.MLP(hidden=(8,), num_classes=CLASSES))
     self.variables = self.model.init(jax.random.key(0), self.data["x"][:1])
     self.optimizer = optax.adam(1e-2)
 

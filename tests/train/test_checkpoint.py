@@ -139,9 +139,7 @@ def test_a_failed_save_names_the_path(tmp_path, monkeypatch):
 
 
 def test_saved_bits_do_not_follow_a_donated_buffer(tmp_path):
-  update = jax.jit(
-    lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0
-  )
+  update = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
   state = {"w": jnp.zeros((256, 256))}
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, state)

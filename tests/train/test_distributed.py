@@ -51,9 +51,7 @@ def test_two_processes(problem, how, tmp_path):
   both = [np.load(tmp_path / f"params{index}.npz") for index in range(2)]
   for found in both:
     for i, leaf in enumerate(want):
-      np.testing.assert_allclose(
-        found[f"arr_{i}"], leaf, rtol=1e-5, atol=1e-6
-      )
+      np.testing.assert_allclose(found[f"arr_{i}"], leaf, rtol=1e-5, atol=1e-6)
       np.testing.assert_array_equal(found[f"arr_{i}"], both[0][f"arr_{i}"])
   rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
   losses = [row["step"] for row in rows if "loss" in row]

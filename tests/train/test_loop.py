@@ -14,7 +14,9 @@ def lines(path):
   return read_metrics(path / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("how,devices,per_call", [("jit", 1, 1), ("pmap", 8, 3)])
+@pytest.mark.parametrize(
+  "how,devices,per_call", [("jit", 1, 1), ("pmap", 8, 3)]
+)
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(
   problem, same, tmp_path, how, devices, per_call
 ):
