@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import cli, compression, data, evaluate, losses, models, train
+from kd_jax import cli, compression, data, losses, models, report, train
 from kd_jax.data import views
-from kd_jax.errors import check_number, checking
+from kd_jax.errors import check_number, check_numbers, checking
 from kd_jax.reduce import Term
 from kd_jax.scoreboard import Scoreboard
 
@@ -66,10 +66,6 @@ def network(config, settings, num_classes, teacher=None):
   )
 
 
-def size_of(settings):
-  return "-".join(map(str, settings.hidden))
-
-
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
   source = data.load(config.dataset, config.train_split, config.data_dir)
@@ -85,20 +81,28 @@ def load(config):
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise ValueError(f"seeds is {config.seeds}; it should name distinct seeds")
   check_number("holdout", config.holdout, least=0, most=n - 1)
-  for name in ("eval_every", "save_every", "log_every"):
-    check_number(name, config[name], least=1)
+  once, positive, share = {"least": 1}, {"above": 0}, {"least": 0, "most": 0.99}
+  check_numbers("", config, eval_every=once, save_every=once, log_every=once)
   for name in ("teacher", "student"):
-    check_number(f"{name}.steps", config[name].steps, least=1)
-    check_number(f"{name}.learning_rate", config[name].learning_rate, above=0)
-    for key in ("dropout", "input_dropout"):
-      check_number(f"{name}.{key}", config[name][key], least=0, most=0.99)
+    check_numbers(
+      name,
+      config[name],
+      steps=once,
+      learning_rate=positive,
+      dropout=share,
+      input_dropout=share,
+    )
     train.check_divides(config[name].batch_size, jax.device_count())
   for name in config.rows:
     s = config.students[name]
-    check_number(f"students.{name}.temperature", s.temperature, above=0)
-    check_number(f"students.{name}.soft_weight", s.soft_weight, least=0)
-    check_number(f"students.{name}.hard_weight", s.hard_weight, least=0)
-    check_number(f"students.{name}.fraction", s.fraction, above=0, most=1)
+    check_numbers(
+      f"students.{name}",
+      s,
+      temperature=positive,
+      soft_weight={"least": 0},
+      hard_weight={"least": 0},
+      fraction={"above": 0, "most": 1},
+    )
     for label in s.classes:
       top = source.num_classes - 1
       check_number(f"students.{name}.classes", label, least=0, most=top)
@@ -116,12 +120,8 @@ def load(config):
 
 def choose(pool, student, seed):
   """Positions of a student's transfer set in the training data."""
-  n = len(pool["id"])
-  take = np.isin(pool["label"], student.classes or np.unique(pool["label"]))
-  if student.fraction < 1.0:
-    some = data.batch_ids(seed, 0, max(1, round(student.fraction * n)), n)
-    take &= np.isin(np.arange(n), some)
-  return np.flatnonzero(take)
+  part = {"classes": student.classes, "fraction": student.fraction}
+  return data.transfer_set(pool["label"], seed=seed, **part)
 
 
 def learn_bias(logits, labels, absent):
@@ -129,23 +129,6 @@ def learn_bias(logits, labels, absent):
   grid = np.arange(-20.0, 20.05, 0.1)
   wrong = [np.sum(np.argmax(logits + b * absent, -1) != labels) for b in grid]
   return float(np.median(grid[np.equal(wrong, np.min(wrong))]))
-
-
-def dark_knowledge(test, teacher_logits, student_logits, temperature):
-  """Eight digits whose soft targets say more than the label."""
-  softmax = lambda z: np.asarray(jax.nn.softmax(z, axis=-1), np.float64)
-  softened = softmax(teacher_logits / temperature)
-  unsure = np.argsort(softened[np.arange(len(softened)), test["label"]])
-  return [
-    {
-      "image": test["image"][i],
-      "label": int(test["label"][i]),
-      "teacher": softmax(teacher_logits[i]).tolist(),
-      "softened": softened[i].tolist(),
-      "student": softmax(student_logits[i]).tolist(),
-    }
-    for i in unsure[: len(unsure) // 10 : max(1, len(unsure) // 80)][:8]
-  ]
 
 
 def body(config, num_classes, teacher_net, pool, held, test, path):
@@ -178,7 +161,8 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
     source = teacher_seeds[number % len(teacher_seeds)]
     if source not in teachers:
       frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
-      settings, label = config.teacher, f"teacher {size_of(config.teacher)}"
+      settings = config.teacher
+      label = "teacher " + "-".join(map(str, settings.hidden))
       found = finish(teacher_net, settings, "teacher", label, source, frozen)
       paper = settings.paper
       board.add("teacher", found[1], seed=source, title=label, paper=paper)
@@ -203,7 +187,7 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
         transfer["teacher_logits"] = column[rows]
       student, logits = finish(net, config.student, name, s.label, seed, frozen)
       if not examples:
-        examples = dark_knowledge(test, taught, logits, s.temperature)
+        examples = report.pick(test, taught, logits, s.temperature)
       absent = ~np.isin(np.arange(num_classes), transfer["label"])
       add = functools.partial(
         board.add, seed=seed, teacher_logits=taught, absent=absent
@@ -216,27 +200,21 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
         title = f"{s.label}, one bias learned"
         add(f"{name}+bias", mended, title=title, paper=s.paper_bias, bias=bias)
 
-  curves = stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
-  result = {
-    "experiment": "hinton",
-    "title": f"Soft targets on {config.dataset}: {config.study}",
-    "source": "Hinton et al. 2015, arXiv:1503.02531, Sec. 3",
-    "seeds": list(config.seeds),
-    "metric": {
-      "name": "test errors",
-      "unit": f"of {len(test['id'])}",
-      "better": "lower",
-    },
-    "data": {
+  result = board.result(
+    config.claims,
+    experiment="hinton",
+    title=f"Soft targets on {config.dataset}: {config.study}",
+    source="Hinton et al. 2015, arXiv:1503.02531, Sec. 3",
+    seeds=list(config.seeds),
+    data={
       "name": config.dataset,
       "train": len(pool["id"]),
       "held out": len(held["id"]),
       "test": len(test["id"]),
     },
-    "rows": board.rows,
-    "comparisons": board.compare(config.claims),
-    "models": costs,
-  }
+    models=costs,
+  )
+  curves = stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
   return result, {"curves": curves, "examples": examples}
 
 

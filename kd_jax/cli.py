@@ -9,7 +9,6 @@ touched), 143 stopped by SIGTERM with its state saved.
 
 from collections.abc import Callable, Mapping
 import difflib
-
 import pathlib
 import re
 import sys

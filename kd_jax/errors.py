@@ -1,8 +1,9 @@
 """The one exception that means "the input was wrong, nothing was done"."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import math
+from typing import Any
 
 
 class BadInput(ValueError):
@@ -75,3 +76,21 @@ def check_number(
   if not fine:
     wanted = ["finite", *wanted] if not math.isfinite(value) else wanted
     raise ValueError(f"{name} is {value}; it should be {' and '.join(wanted)}")
+
+
+def check_numbers(
+  where: str, settings: Mapping[str, Any], **ranges: Mapping[str, float]
+) -> None:
+  """Checks several numbers of a config.
+
+  Args:
+    where: the name of the group, for the message.
+    settings: the group.
+    **ranges: for each field, keyword arguments of `check_number`.
+
+  Example:
+    >>> check_numbers("teacher", {"steps": 5}, steps={"least": 1})
+  """
+  for field, limits in ranges.items():
+    name = f"{where}.{field}" if where else field
+    check_number(name, settings[field], **limits)

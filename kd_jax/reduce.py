@@ -160,7 +160,7 @@ def linear(
     0.5
   """
   done = _progress(step, begin, steps)
-  return jnp.asarray(start + (end - start) * done, jnp.float32)
+  return _between(start, end, done)
 
 
 def cosine(
@@ -192,7 +192,12 @@ def cosine(
   """
   done = _progress(step, begin, steps)
   done = (1.0 - jnp.cos(math.pi * done)) / 2.0
-  return jnp.asarray(start + (end - start) * done, jnp.float32)
+  return _between(start, end, done)
+
+
+def _between(start: ArrayLike, end: ArrayLike, done: jax.Array) -> jax.Array:
+  first, last = jnp.float32(start), jnp.float32(end)
+  return first + (last - first) * done
 
 
 def _progress(step: ArrayLike, begin: int, steps: int) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import charts, result_file, results
+from kd_jax import calibration, charts, result_file, results
 
 Result = Mapping[str, Any]
 
@@ -136,6 +136,45 @@ def write(
     f"<body><main>\n{''.join(parts)}</main></body></html>\n"
   )
   result_file.write_text(path, page)
+
+
+def pick(
+  test: Mapping[str, np.ndarray],
+  teacher_logits: np.ndarray,
+  student_logits: np.ndarray,
+  temperature: float,
+  *,
+  count: int = 8,
+) -> list[dict[str, Any]]:
+  """Examples whose soft targets say more than the label, for `write`.
+
+  Args:
+    test: `image`, uint8[n, ...], and `label`, int[n].
+    teacher_logits: [n, classes].
+    student_logits: [n, classes].
+    temperature: of the softened probabilities.
+    count: how many, spread over the tenth of the examples that the teacher is
+      least sure of.
+
+  Returns:
+    Entries for `examples` of `write`.
+  """
+  taught = np.exp(calibration.log_softmax(teacher_logits))
+  softened = np.exp(calibration.log_softmax(teacher_logits / temperature))
+  learned = np.exp(calibration.log_softmax(student_logits))
+  labels = np.asarray(test["label"])
+  unsure = np.argsort(softened[np.arange(len(labels)), labels])
+  tenth = unsure[: max(count, len(unsure) // 10)]
+  return [
+    {
+      "image": test["image"][i],
+      "label": int(labels[i]),
+      "teacher": taught[i].tolist(),
+      "softened": softened[i].tolist(),
+      "student": learned[i].tolist(),
+    }
+    for i in tenth[:: max(1, len(tenth) // count)][:count]
+  ]
 
 
 def _e(value: Any) -> str:

@@ -74,10 +74,23 @@ class Scoreboard:
       row["details"].setdefault(key, []).append(float(value))
     return errors
 
-  @property
-  def rows(self) -> list[dict[str, Any]]:
-    """The rows of the result file."""
-    return list(self._rows.values())
+  def result(
+    self, claims: Sequence[tuple[str, str, str, str]], **fields: Any
+  ) -> dict[str, Any]:
+    """The result file's rows, metric and comparisons, and `fields`."""
+    metric = {
+      "name": "test errors",
+      "unit": f"of {len(self.labels)}",
+      "better": "lower",
+    }
+    rows = list(self._rows.values())
+    comparisons = self.compare(claims)
+    return {
+      "rows": rows,
+      "metric": metric,
+      "comparisons": comparisons,
+      **fields,
+    }
 
   def compare(
     self, claims: Sequence[tuple[str, str, str, str]]

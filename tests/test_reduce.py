@@ -49,7 +49,8 @@ def test_global_mean_is_not_the_mean_of_local_means():
     lambda v, w: reduce.masked_mean(v, w, axis_name="i"), axis_name="i"
   )(value, where)
   np.testing.assert_allclose(mapped, value[where].mean(), rtol=1e-6)
-  local = np.mean([v[w].mean() if w.any() else 0 for v, w in zip(value, where)])
+  rows = zip(value, where, strict=True)
+  local = np.mean([v[w].mean() if w.any() else 0 for v, w in rows])
   assert abs(local - value[where].mean()) > 0.1
 
 

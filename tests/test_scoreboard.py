@@ -28,7 +28,11 @@ def test_rows_and_comparisons():
       paper=7,
       absent=absent,
     )
-  hard, soft = board.rows
+  claims = [("soft is better", "soft", "hard", "lower")]
+  result = board.result(claims, experiment="x")
+  assert result["experiment"] == "x"
+  assert result["metric"]["unit"] == "of 4"
+  hard, soft = result["rows"]
   assert hard["name"] == "hard labels" and hard["values"] == [1, 2, 3]
   assert hard["seeds"] == [0, 1, 2]
   assert hard["paper"] is None and soft["paper"] == 7
@@ -36,7 +40,7 @@ def test_rows_and_comparisons():
   assert soft["details"]["agreement"] == [1.0] * 3
   assert soft["details"]["errors on absent classes"] == [0.0] * 3
   assert hard["details"]["accuracy"] == [0.75, 0.5, 0.25]
-  (entry,) = board.compare([("soft is better", "soft", "hard", "lower")])
+  (entry,) = result["comparisons"]
   assert entry["differences"] == [-1, -2, -3]
   assert entry["a"] == "soft" and entry["b"] == "hard labels"
 

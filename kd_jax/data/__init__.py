@@ -8,6 +8,7 @@ imported by name.
 from kd_jax.data.order import batch_ids, epoch_of, eval_batches
 from kd_jax.data.source import Source, batch_at, host_batches, to_arrays
 from kd_jax.data.sources import embedded, load, tfds
+from kd_jax.data.subset import transfer_set
 
 __all__ = [
   "Source",
@@ -20,4 +21,5 @@ __all__ = [
   "load",
   "tfds",
   "to_arrays",
+  "transfer_set",
 ]

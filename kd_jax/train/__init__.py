@@ -1,8 +1,8 @@
 """Training: state, step, many devices, loop, checkpoints."""
 
 from kd_jax.train.checkpoint import (
-  Checkpoints as Checkpoints,
   CheckpointError as CheckpointError,
+  Checkpoints as Checkpoints,
 )
 from kd_jax.train.classifier import Classifier as Classifier
 from kd_jax.train.loop import fit as fit
@@ -10,6 +10,7 @@ from kd_jax.train.parallel import (
   check_divides as check_divides,
   compile as compile,
 )
+from kd_jax.train.record import record as record
 from kd_jax.train.stages import Stages as Stages
 from kd_jax.train.state import (
   TrainState as TrainState,
@@ -21,7 +22,6 @@ from kd_jax.train.step import (
   index_batches as index_batches,
   make_step as make_step,
 )
-from kd_jax.train.record import record as record
 from kd_jax.train.workdir import (
   check_workdir as check_workdir,
   open_workdir as open_workdir,

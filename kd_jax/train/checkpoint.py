@@ -107,8 +107,8 @@ class Checkpoints:
       try:
         restored = self._read(step, plain)
       except Exception as error:  # orbax raises anything on damaged files
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        skipped.append((step, reason[0]))
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        skipped.append((step, lines[0]))
         continue
       for bad, reason in skipped:
         aside = self._move_aside(bad)
@@ -175,7 +175,7 @@ def _to_plain(tree: Any) -> Any:
 
 
 def _from_plain(plain: Any, template: Any) -> Any:
-  def back(path, x, like):
+  def back(path: Any, x: np.ndarray, like: Any) -> jax.Array:
     typed = _is_key(like)
     shape = np.shape(jax.random.key_data(like) if typed else like)
     if x.shape != shape:
@@ -185,7 +185,9 @@ def _from_plain(plain: Any, template: Any) -> Any:
         f"{x.shape} there and {shape} in this program"
       )
     if typed:
-      return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+      return jax.random.wrap_key_data(
+        jnp.asarray(x), impl=jax.random.key_impl(like)
+      )
     return jnp.asarray(x)
 
   return jax.tree_util.tree_map_with_path(back, plain, template)

@@ -55,7 +55,7 @@ class Runner:
     axis_name = None if how == "jit" else AXIS
     one = functools.partial(step, axis_name=axis_name)
 
-    def many(state, frozen, batches):
+    def many(state: Any, frozen: Any, batches: Any) -> tuple[Any, Any]:
       return lax.scan(lambda s, b: one(s, frozen, b), state, batches)
 
     run = one if steps_per_call == 1 else many
@@ -81,7 +81,7 @@ class Runner:
     spec = P() if self.how == "jit" else P(AXIS)
     copies = len(self._local)
 
-    def put(x):
+    def put(x: Any) -> jax.Array:
       if self.how == "pmap":
         lib = jnp if isinstance(x, jax.Array) else np
         x = lib.broadcast_to(x, (copies, *np.shape(x)))
@@ -103,7 +103,7 @@ class Runner:
     """
     lead = 1 if self.steps_per_call > 1 else 0
 
-    def put(x):
+    def put(x: Any) -> jax.Array:
       x = np.asarray(x)
       check_divides(x.shape[lead], len(self.devices))
       if self.how == "jit":

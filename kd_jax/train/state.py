@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """All that a run needs in order to go on, and nothing else.
 
   Attributes:

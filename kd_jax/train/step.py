@@ -80,7 +80,9 @@ def make_step(
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f"clip_norm is {clip_norm}; it should be above 0")
 
-  def forward(params, model_state, frozen, batch, key):
+  def forward(
+    params: Any, model_state: Any, frozen: Any, batch: Batch, key: jax.Array
+  ) -> tuple[Any, tuple[Any, Any, Any]]:
     terms, aux = loss_fn(params, model_state, frozen, batch, key)
     if not terms:
       raise ValueError("loss_fn returned no terms; it should return at least 1")
@@ -100,7 +102,9 @@ def make_step(
     weighted = {name: terms[name].weight * sums[name] for name in terms}
     return weighted, (sums, counts, aux.model_state)
 
-  def gradients(state, frozen, batch, axis_name):
+  def gradients(
+    state: TrainState, frozen: Any, batch: Batch, axis_name: str | None
+  ) -> tuple[Any, Metrics, Any]:
     psum = (
       (lambda tree: lax.psum(tree, axis_name))
       if axis_name is not None
@@ -110,7 +114,9 @@ def make_step(
     if axis_name is not None:
       key = jax.random.fold_in(key, lax.axis_index(axis_name))
 
-    def part(model_state, micro, micro_key, counts):
+    def part(
+      model_state: Any, micro: Batch, micro_key: jax.Array, counts: Any
+    ) -> tuple[Any, Any, Any, Any]:
       """Sums of one microbatch and the gradient of its share of the loss."""
       micro = {**micro, "step": state.step}
       weighted, vjp, (sums, own, model_state) = jax.vjp(
@@ -134,7 +140,7 @@ def make_step(
       parts = jax.tree.map(lambda x: _split(x, microbatches), dict(batch))
       keys = jax.random.split(key, microbatches)
 
-      def count(args):
+      def count(args: tuple[Batch, jax.Array]) -> Any:
         micro, micro_key = args
         micro = {**micro, "step": state.step}
         return forward(
@@ -146,9 +152,11 @@ def make_step(
         jax.tree.map(lambda x: x.sum(0), lax.map(count, (parts, keys)))
       )
 
-      def body(carry, args):
+      def body(carry: Any, args: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
         grads, totals, model_state = carry
-        new_grads, new_totals, _, model_state = part(model_state, *args, counts)
+        new_grads, new_totals, _, model_state = part(
+          model_state, args[0], args[1], counts
+        )
         add = lambda a, b: jax.tree.map(jnp.add, a, b)
         return (add(grads, new_grads), add(totals, new_totals), model_state), ()
 
@@ -211,7 +219,13 @@ def make_step(
     metrics = {**metrics, "grad_norm": norm, "ok": alive.astype(jnp.float32)}
     return new, metrics
 
-  def bad_leaves(state, frozen, batch, *, axis_name=None):
+  def bad_leaves(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[Any, Metrics]:
     """Whether each gradient leaf is finite, for the message of a stop."""
     grads, metrics, _ = gradients(state, frozen, batch, axis_name)
     return jax.tree.map(lambda g: jnp.isfinite(g).all(), grads), metrics
@@ -234,12 +248,18 @@ def gather_batch(
     the rows to take. Other entries of `batch` are passed on.
   """
 
-  def with_data(function):
-    def gathered(state, frozen, batch, *, axis_name=None):
-      batch = dict(batch)
-      index = batch.pop("index")
+  def with_data(function: Callable[..., Any]) -> Callable[..., Any]:
+    def gathered(
+      state: TrainState,
+      frozen: Any,
+      batch: Batch,
+      *,
+      axis_name: str | None = None,
+    ) -> Any:
+      rest = dict(batch)
+      index = rest.pop("index")
       rows = {name: x[index] for name, x in frozen["data"].items()}
-      return function(state, frozen, {**rows, **batch}, axis_name=axis_name)
+      return function(state, frozen, {**rows, **rest}, axis_name=axis_name)
 
     return gathered
 
