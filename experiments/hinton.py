@@ -118,6 +118,11 @@ def load(config):
   return source.num_classes, teacher_net, pool, held, data.to_arrays(test)
 
 
+def layers(settings):
+  """The hidden layers for people: 800-800."""
+  return "-".join(map(str, settings.hidden))
+
+
 def choose(pool, student, seed):
   """Positions of a student's transfer set in the training data."""
   part = {"classes": student.classes, "fraction": student.fraction}
@@ -152,28 +157,29 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
       title=title,
       **{k: config[k] for k in ("eval_every", "save_every", "log_every")},
     )
-    if label not in costs:
+    size = "teacher" if net is teacher_net else f"student {layers(settings)}"
+    if size not in costs:
       digits = test["image"][:100]
-      costs[label] = compression.cost(net.logits, variables, digits)
+      costs[size] = compression.cost(net.logits, variables, digits)
     return variables, net.predict(variables, test["image"])
 
   for number, seed in enumerate(config.seeds):
     source = teacher_seeds[number % len(teacher_seeds)]
     if source not in teachers:
       frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
-      settings = config.teacher
-      label = "teacher " + "-".join(map(str, settings.hidden))
-      found = finish(teacher_net, settings, "teacher", label, source, frozen)
-      paper = settings.paper
+      label, paper = f"teacher {layers(config.teacher)}", config.teacher.paper
+      found = finish(
+        teacher_net, config.teacher, "teacher", label, source, frozen
+      )
       board.add("teacher", found[1], seed=source, title=label, paper=paper)
       column = teacher_net.predict(found[0], pool["image"])
       teachers[source] = (*found, column)
     teacher, taught, column = teachers[source]
     for name in config.rows:
       s = config.students[name]
-      if s.hidden not in nets:
-        settings = config.student.copy_and_resolve_references()
-        settings.hidden = s.hidden
+      settings = config.student.copy_and_resolve_references()
+      settings.hidden = s.hidden
+      if s.hidden not in nets:  # one program for all that are of this size
         nets[s.hidden] = network(
           config, settings, num_classes, teacher_net.model
         )
@@ -185,7 +191,7 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
         frozen["teacher"] = teacher
       else:
         transfer["teacher_logits"] = column[rows]
-      student, logits = finish(net, config.student, name, s.label, seed, frozen)
+      student, logits = finish(net, settings, name, s.label, seed, frozen)
       if not examples:
         examples = report.pick(test, taught, logits, s.temperature)
       absent = ~np.isin(np.arange(num_classes), transfer["label"])

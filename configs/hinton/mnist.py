@@ -10,7 +10,7 @@ from configs.hinton import mnist5k
 
 def get_config(arg="temperature"):
   """The settings of the studies in `arg`; see mnist5k.py."""
-  c = mnist5k.get_config(arg, fraction=0.03)
+  c = mnist5k.get_config(arg, fraction=0.03, paper=True)
   c.dataset = "mnist"
   c.seeds = (0, 1, 2, 3, 4)
   c.holdout *= 10

@@ -50,7 +50,7 @@ def only_soft(label, **more):
   )
 
 
-def get_config(arg="temperature", fraction=0.1):
+def get_config(arg="temperature", fraction=0.1, paper=False):
   """The settings of the studies in `arg`; see the top of the file."""
   words = (arg or "temperature").split("+")
   studies = [word for word in words if word != "smoke"] or ["temperature"]
@@ -113,6 +113,10 @@ def get_config(arg="temperature", fraction=0.1):
     c.eval_every = 150
   if "smoke" in words:
     smoke(c)
+  if not paper:  # its numbers are of the full data set
+    c.teacher.paper = 0.0
+    for s in c.students.values():
+      s.paper = s.paper_bias = 0.0
   return c
 
 

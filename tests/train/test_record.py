@@ -1,0 +1,83 @@
+"""Results are recorded once, without the paths of this machine."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from kd_jax import train
+from kd_jax.train import record as module
+
+
+def small_result(**more):
+  row = {"name": "control", "paper": None, "values": [3.0], "details": {}}
+  return {
+    "experiment": "none",
+    "title": "A test",
+    "source": "nowhere",
+    "seeds": [0],
+    "metric": {"name": "errors", "unit": "of 9", "better": "lower"},
+    "data": {"name": "none"},
+    "rows": [row],
+    "comparisons": [],
+    **more,
+  }
+
+
+def test_a_body_runs_once(tmp_path, capsys):
+  calls = []
+
+  def body(path):
+    calls.append(path)
+    return small_result(), {}
+
+  config = {"data_dir": "/home/me/data", "seed": 1}
+  first = train.record(body, config, tmp_path / "run")
+  again = train.record(body, config, tmp_path / "run")
+  assert len(calls) == 1
+  assert json.dumps(first) == json.dumps(again)
+  assert first["config"] == {"data_dir": "DATA_DIR", "seed": 1}
+  assert "/home/me" not in (tmp_path / "run" / "result.json").read_text()
+  assert first["wall_seconds"] >= 0 and "jax" in first["environment"]
+  assert capsys.readouterr().out.count("report.html") == 2
+
+
+def test_a_failed_body_leaves_no_result(tmp_path):
+  def body(path):
+    (path / "stage").mkdir()
+    raise RuntimeError("stopped")
+
+  with pytest.raises(RuntimeError, match="stopped"):
+    train.record(body, {}, tmp_path / "run")
+  assert not (tmp_path / "run" / "result.json").exists()
+  train.record(lambda path: (small_result(), {}), {}, tmp_path / "run")
+
+
+def test_the_command_is_portable(monkeypatch):
+  main = types.SimpleNamespace(
+    __spec__=types.SimpleNamespace(name="experiments.x")
+  )
+  monkeypatch.setitem(sys.modules, "__main__", main)
+  config = "--config=c.py:all,data_dir=/home/me/d,steps=3"
+  monkeypatch.setattr(sys, "argv", ["x", config, "--workdir=/tmp/run"])
+  assert module.command() == (
+    "python -m experiments.x --config=c.py:all,data_dir=DATA_DIR,steps=3 "
+    "--workdir=WORKDIR"
+  )
+  main.__spec__ = None
+  assert module.command() == "(called from Python)"
+
+
+def test_stages_are_counted_and_their_curves_found(tmp_path):
+  stages = train.Stages(tmp_path, 3)
+  path, title = stages.enter("seed0/teacher", "teacher")
+  assert path == tmp_path / "seed0" / "teacher" and title == "[1/3] teacher"
+  path.mkdir(parents=True)
+  (path / "metrics.jsonl").write_text(
+    '{"step": 1, "loss": 2.0}\n{"step": 2, "errors": 5.0}\n'
+  )
+  assert stages.enter("seed1/teacher", "another")[1] == "[2/3] another"
+  want = {"errors": {"teacher": {"step": [2], "value": [5.0]}}}
+  assert stages.curves("errors") == want
+  assert stages.curves("errors", prefix="seed1/") == {}
