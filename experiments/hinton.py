@@ -62,6 +62,7 @@ def network(config, settings, num_classes, teacher=None):
     optax.adam(schedule),
     preprocess=views.to_float,
     how=config.parallel,
+    devices=jax.devices()[: config.devices or None],
     steps_per_call=config.steps_per_call,
   )
 
@@ -92,7 +93,8 @@ def load(config):
       dropout=share,
       input_dropout=share,
     )
-    train.check_divides(config[name].batch_size, jax.device_count())
+    devices = len(jax.devices()[: config.devices or None])
+    train.check_divides(config[name].batch_size, devices)
   for name in config.rows:
     s = config.students[name]
     check_numbers(

@@ -71,6 +71,7 @@ def get_config(arg="temperature", fraction=0.1, paper=False):
   c.seeds = (0, 1, 2)
   c.live_teacher = False  # True: the teacher runs inside the compiled step
   c.parallel = "jit"  # or "pmap"
+  c.devices = 0  # how many to use; 0 is all
   c.steps_per_call = 10
   c.eval_every = 300
   c.save_every = 1000

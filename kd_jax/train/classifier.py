@@ -1,6 +1,6 @@
 """One classifier in training: its step, its predictions, its test scores."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import os
 from typing import Any
 
@@ -38,6 +38,7 @@ class Classifier:
     *,
     preprocess: Callable[[Any], Any],
     how: str = "jit",
+    devices: Sequence[jax.Device] | None = None,
     steps_per_call: int = 1,
   ):
     """Makes the step.
@@ -49,13 +50,16 @@ class Classifier:
       optimizer: an optax transformation.
       preprocess: images as stored -> inputs of the model.
       how: "jit" or "pmap".
+      devices: see `compile`.
       steps_per_call: see `compile`.
     """
     self.model = model
     self.preprocess = preprocess
     self.optimizer = optimizer
     step = gather_batch(make_step(loss_fn, optimizer))
-    self.runner = compile(step, how=how, steps_per_call=steps_per_call)
+    self.runner = compile(
+      step, how=how, devices=devices, steps_per_call=steps_per_call
+    )
 
   def logits(self, variables: Variables, images: Any) -> jax.Array:
     """[batch, classes] float32 logits of stored images, in evaluation mode."""
