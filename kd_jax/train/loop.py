@@ -232,9 +232,10 @@ class _Progress:
     self._bar.set_postfix_str(f"loss {loss:.4g}{self._scores}", refresh=False)
 
   def note(self, step: int, scalars: Mapping[str, float]) -> None:
-    self._scores = "".join(f", {k} {v:.4g}" for k, v in scalars.items())
+    shown = [f", {name} {value:.4g}" for name, value in scalars.items()]
+    self._scores = "".join(shown[:1])  # the bar needs the room
     if not self._terminal:
-      self.say(f"{self._title}: step {step}/{self._num_steps}{self._scores}")
+      self.say(f"{self._title}: step {step}/{self._num_steps}{''.join(shown)}")
 
   def say(self, line: str) -> None:
     if self._terminal:

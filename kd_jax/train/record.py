@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import datetime
+import json
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 
 from kd_jax import report, result_file, results
-from kd_jax.train.workdir import check_workdir, open_workdir
+from kd_jax.train.workdir import check_workdir, open_workdir, write_text
 
 
 def record(
@@ -43,12 +44,15 @@ def record(
     if stored.exists():
       result = result_file.load(stored)
     else:
-      result, pages = body(path)
+      try:
+        result, pages = body(path)
+      finally:
+        seconds = _add_time(path / "seconds.json", time.time() - start)
       result = {
         "command": command(),
         "config": _portable(config),
         "environment": result_file.environment(),
-        "wall_seconds": time.time() - start,
+        "wall_seconds": seconds,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(
           timespec="seconds"
         ),
@@ -73,6 +77,15 @@ def command() -> str:
   args = re.sub(r"--workdir[= ]\S+", "--workdir=WORKDIR", args)
   args = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", args)
   return f"python -m {spec.name} {args}"
+
+
+def _add_time(path: pathlib.Path, seconds: float) -> float:
+  """Adds up the time of a run that was interrupted and taken up again."""
+  if path.exists():
+    seconds += json.loads(path.read_text(encoding="utf-8"))
+  if jax.process_index() == 0:
+    write_text(path, json.dumps(seconds))
+  return seconds
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

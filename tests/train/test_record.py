@@ -53,7 +53,9 @@ def test_a_failed_body_leaves_no_result(tmp_path):
   with pytest.raises(RuntimeError, match="stopped"):
     train.record(body, {}, tmp_path / "run")
   assert not (tmp_path / "run" / "result.json").exists()
-  train.record(lambda path: (small_result(), {}), {}, tmp_path / "run")
+  before = json.loads((tmp_path / "run" / "seconds.json").read_text())
+  found = train.record(lambda path: (small_result(), {}), {}, tmp_path / "run")
+  assert found["wall_seconds"] > before > 0  # of both times together
 
 
 def test_the_command_is_portable(monkeypatch):
