@@ -16,7 +16,10 @@ def version() -> str:
 
 # Every lower bound is in requirements/oldest-py311.txt, which the tests have
 # been run with. Exact versions for the make targets are in requirements/.
-BASE = ["jax>=0.6.0", "numpy>=2.0.0"]
+BASE = [
+  "jax>=0.6.2",  # 0.6.0 reads wrong programs from its compilation cache.
+  "numpy>=2.0.0",
+]
 TRAIN = [
   "flax>=0.10.6",
   "optax>=0.2.5",
