@@ -114,6 +114,9 @@ def lines(
       for x, y in zip(step[shown], value[shown], strict=True)
     )
     marks.append(f'<polyline {style} points="{points_text}"/>')
+    if len(step) == 1:  # a line needs two points
+      x, y = x_of(step[0]), y_of(value[0])
+      marks.append(f'<circle {style} cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     last = number(float(f"{value[-1]:.4g}")) if len(value) else "no value"
     legend.append(
       f'<li><svg viewBox="0 0 28 8" width="28" height="8" aria-hidden="true">'

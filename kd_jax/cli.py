@@ -145,7 +145,8 @@ def _explain(error: Exception) -> str:
   if unknown:
     return f"the config has no field {unknown.group(1)!r}"
   if "Traceback" in text:  # of the config file itself: its last line says it
-    return f"the config file failed: {text.splitlines()[-1]}"
+    last = text.splitlines()[-1].removeprefix("ValueError: ")
+    return f"the config file failed: {last}"
   return text or type(error).__name__
 
 

@@ -58,8 +58,9 @@ def get_config(arg="temperature", fraction=0.1, paper=False):
     studies = [study for study in STUDIES if study != "demo"]
   for study in studies:
     if study not in STUDIES:
+      known = ", ".join([*STUDIES, "all", "smoke"])
       raise ValueError(
-        f"unknown argument {study!r}; it should be one of {', '.join(STUDIES)}"
+        f"unknown argument {study!r}; it should be one of {known}"
       )
   c = ConfigDict()
   c.study = arg

@@ -11,6 +11,7 @@ disk unless the code is 0.
 
 import argparse
 from collections.abc import Sequence
+import difflib
 import os
 import pathlib
 import signal
@@ -52,6 +53,12 @@ def prepare(
     OSError: if the disk fails; nothing is left on disk.
   """
   known = KNOWN.get(name)
+  close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
+  if close and not known:
+    raise BadInput(
+      f"name is {name!r}, which is easily taken for {close[0]!r}; write that, "
+      "or choose a name that is less like it"
+    )
   class_names = known.class_names if known else None
   path = pathlib.Path(source).expanduser()
   kind = _kind(path)
@@ -216,6 +223,8 @@ def _tell(
     f"{len(data.class_names)} classes"
   )
   known = KNOWN.get(args.name)
+  if not known:
+    print("note: a name of your own, so nothing was compared with originals")
   if known and known.files and not data.files:
     print("note: not IDX files, so nothing was compared with the originals")
   if known and data.lossy:

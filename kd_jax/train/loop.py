@@ -159,7 +159,7 @@ def fit(
         bar.note(step, scalars)
       if due_save or stopped:
         save(step, runner.unreplicate(state))
-      if stopped and step < num_steps:
+      if stopped:  # also at the end: what comes next must not start
         bar.say(f"{title}: stopped by SIGTERM, saved step {step}")
         raise SystemExit(143)
     return runner.unreplicate(state)

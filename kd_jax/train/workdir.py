@@ -80,9 +80,17 @@ def check_workdir(
     raise BadInput(
       f"workdir is {workdir}; it should be a local path (mount the bucket)"
     )
-  path = pathlib.Path(workdir)
+  path = pathlib.Path(workdir).absolute()
   if path.exists() and not path.is_dir():
     raise BadInput(f"workdir {path} is a file; it should be a directory")
+  parent = path
+  while not parent.exists():
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise BadInput(
+      f"workdir {path} cannot be made: {parent} is no directory that this "
+      "user may write to"
+    )
   stored = path / "config.json"
   if not stored.exists():
     if path.exists() and any(child.name != ".lock" for child in path.iterdir()):

@@ -694,3 +694,11 @@ def test_the_progress_line():
   last = stream.getvalue().split("\r")[-1]
   assert last.startswith("writing [####################] 100 of 100 images")
   assert last.endswith("\n")
+
+
+def test_a_name_that_is_nearly_a_known_one(tmp_path, capsys):
+  write_idx(tmp_path / "raw")
+  message = "'mnits', which is easily taken for 'mnist'"
+  assert_refused(
+    capsys, message, tmp_path / "raw", tmp_path / "tfds", name="mnits"
+  )

@@ -100,6 +100,17 @@ def test_sigterm_saves_and_leaves_with_143(problem, same, tmp_path):
   same(resumed.params, problem.fit().params, exact=True)
 
 
+def test_sigterm_at_the_end_of_a_stage_is_not_forgotten(problem, tmp_path):
+  def evaluate(state):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+  with pytest.raises(SystemExit) as error:
+    problem.fit(workdir=tmp_path, evaluate=evaluate)
+  assert error.value.code == 143
+  assert problem.fit(workdir=tmp_path).step == 12  # it was finished and saved
+
+
 def test_progress_is_a_line_where_there_is_no_terminal(problem, capfd):
   problem.fit(progress=True, evaluate=lambda state: {"errors": 3.0})
   assert "training: step 12/12, errors 3" in capfd.readouterr().err

@@ -43,6 +43,8 @@ def test_what_is_no_run_is_left_alone(tmp_path):
     check_workdir(tmp_path, CONFIG)
   with pytest.raises(BadInput, match="is a file"):
     check_workdir(tmp_path / "thesis.tex", CONFIG)
+  with pytest.raises(BadInput, match=r"thesis\.tex is no directory"):
+    check_workdir(tmp_path / "thesis.tex" / "run", CONFIG)
   with pytest.raises(BadInput, match="local path"):
     check_workdir("gs://bucket/run", CONFIG)
   check_workdir(tmp_path / "new", CONFIG)
