@@ -20,12 +20,12 @@ def tiny(arg="demo+smoke"):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-  """One teacher and seven students, a third of the steps of the demo."""
+  """One teacher and seven students, two thirds of the steps of the demo."""
   config = mnist5k.get_config(STUDIES)
   config.seeds = (0,)
   config.devices = 1  # eight simulated ones on two cores only get in the way
-  config.teacher.steps, config.student.steps = 500, 200
-  config.eval_every = 500
+  config.teacher.steps, config.student.steps = 1000, 400
+  config.eval_every = 1000
   config.rows = ("hard", "soft_t4", "hard_no3", "soft_no3", "soft_only78")
   config.rows += ("hard_few", "soft_few")
   config.claims = ()
@@ -47,7 +47,7 @@ def test_soft_targets_beat_hard_labels(result):
   teacher = errors(result, "teacher 1200-1200")
   hard = errors(result, "hard labels")
   soft = errors(result, "soft targets, T=4")
-  assert 40 < teacher < 110
+  assert 40 < teacher < 115
   assert 100 < hard < 180
   assert soft < hard - 10
   assert detail(result, "soft targets, T=4", "agreement") > 0.93
@@ -63,7 +63,7 @@ def test_a_class_that_was_never_seen(result):
   mended = detail(result, "soft targets, no 3s, one bias learned", missed)
   assert hard > 190  # of about 200 threes: it cannot know them
   assert mended < soft < 0.8 * hard
-  assert errors(result, "soft targets, no 3s, one bias learned") < 150
+  assert errors(result, "soft targets, no 3s, one bias learned") < 180
 
 
 def test_two_digits_teach_something_of_ten(result):
