@@ -14,8 +14,9 @@ def version() -> str:
   return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
-# Every lower bound is in requirements/oldest-py311.txt, which the tests have
-# been run with. Exact versions for the make targets are in requirements/.
+# Every lower bound is in requirements/oldest-py311.txt, a set that installs
+# together and that most of the tests have been run with. The make targets take
+# their exact versions from the other files there.
 BASE = [
   "jax>=0.6.2",  # 0.6.0 reads wrong programs from its compilation cache.
   "numpy>=2.0.0",
