@@ -25,7 +25,7 @@ PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 -q
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help check-python venv demo test lint format types unit doctest \
-  results clean
+  results catalogue clean
 
 help: ## list the targets
 	@echo "kd_jax: make TARGET [PYTHON=python3.12]"
@@ -58,6 +58,9 @@ doctest: $(STAMP) ## run the examples in kd_jax's docstrings alone
 
 results: $(STAMP) ## write RESULTS.md anew from results/
 	@$(PY) -m kd_jax.results 'results/*/*.json' --write RESULTS.md
+
+catalogue: $(STAMP) ## write the README's catalogue anew from docstrings
+	@$(PY) -m kd_jax.catalogue --write README.md
 
 venv: $(STAMP) ## make the virtual environment
 

@@ -59,6 +59,58 @@ def logit_pair(
   return student, teacher, mask
 
 
+def examples(
+  where: ArrayLike | None,
+  layout: str,
+  *,
+  output_ndim: int = 1,
+  same: bool = True,
+  **arrays: ArrayLike,
+) -> tuple[list[jax.Array], jax.Array | None]:
+  """Checks the arrays of a loss on features: one example along axis 0.
+
+  Args:
+    where: mask, or None.
+    layout: the axes as the docstring has them, "[batch, channels]", which
+      fixes their number; "[batch, ...]" asks for at least one besides.
+    output_ndim: how many leading axes are those of the loss; the arrays must
+      share them, and none of the others may be empty.
+    same: whether the shapes must be equal in the other axes too.
+    **arrays: two or more floating-point arrays by argument name.
+
+  Returns:
+    (the arrays in float32 with the masked examples zeroed, the mask).
+
+  Raises:
+    TypeError: for an array that is not floating point.
+    ValueError: for shapes that do not fit; both arguments are named.
+  """
+  converted = floats(**arrays)
+  named = dict(zip(arrays, converted, strict=True))
+  if same:
+    same_shape(**named)
+  ndim = layout.count(",") + 1
+  (first, reference), (second, other), *_ = named.items()
+  for name, array in named.items():
+    right_ndim = array.ndim == ndim or ("..." in layout and array.ndim > ndim)
+    if (
+      not right_ndim
+      or array.shape[:output_ndim] != reference.shape[:output_ndim]
+      or 0 in array.shape[output_ndim:]
+    ):
+      partner = (second, other) if name == first else (first, reference)
+      equal = "all axes"
+      if not same:
+        equal = "axis 0" if output_ndim == 1 else f"axes 0 to {output_ndim - 1}"
+      raise ValueError(
+        f"{name} has shape {array.shape} and {partner[0]} has shape "
+        f"{partner[1].shape}; they should be {layout}, equal in {equal}, and "
+        "not empty beyond the batch"
+      )
+  mask = valid(where, reference.shape[:output_ndim])
+  return select(mask, *converted), mask
+
+
 def example_shape(name: str, array: jax.Array, axis: int) -> tuple[int, ...]:
   """The array's shape without the class axis, which must exist."""
   if not -array.ndim <= axis < array.ndim:

@@ -117,6 +117,47 @@ def excess(p: jax.Array, q: jax.Array, log_ratio: jax.Array) -> jax.Array:
   return jnp.where(near, p * series, q - p - p * log_ratio)
 
 
+def root(x: jax.Array) -> jax.Array:
+  """The square root, with gradient 0 at 0 instead of infinity.
+
+  Args:
+    x: float32, not negative.
+  """
+  positive = x > 0.0
+  # NaN stays NaN; only exact zeros (and what rounding put below) become 0.
+  return jnp.where(
+    x <= 0.0, 0.0, jnp.sqrt(jnp.where(positive | jnp.isnan(x), x, 1.0))
+  )
+
+
+def norm(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+  """Euclidean norm along axes, which are kept with size 1.
+
+  Neither overflows nor underflows, and has gradient 0 at the zero vector.
+  """
+  scale = _scale(x, axis)
+  return scale * root(jnp.sum((x / scale) ** 2, axis, keepdims=True))
+
+
+def unit(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
+  """The direction x / ||x||; 0, with gradient 0, for a zero vector.
+
+  The direction does not depend on the length, so any scale may be divided out
+  before: exact from 1e-37 to 1e37, without a constant beside the norm.
+  """
+  x = x / _scale(x, axis)
+  length = root(jnp.sum(x**2, axis, keepdims=True))
+  return jnp.where(
+    length == 0.0, 0.0, x / jnp.where(length == 0.0, 1.0, length)
+  )
+
+
+def _scale(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+  """The largest absolute value, 1 for zero vectors; no gradient."""
+  scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
+  return jnp.where(scale == 0.0, 1.0, scale)
+
+
 class _SoftmaxParts(NamedTuple):
   present: jax.Array  # [..., classes] bool
   log_prob: jax.Array  # [..., classes]

@@ -1,8 +1,9 @@
 """The contract of every public loss.
 
 Losses are found by themselves: what `kd_jax.losses` exports is tested here. A
-loss whose arguments have new names needs an entry in INPUTS (or REQUIRED),
-not a test; without one it fails.
+loss whose arguments have new names needs an entry in INPUTS (or in one of the
+tables beside it), not a test; without one it fails. To try losses of your own,
+KD_LOSSES=my_package.my_module pytest tests/contracts/test_losses.py
 
 Each loss is compiled once as a program for values and gradients, with all its
 scalars and its mask traced, and most tests share that program.
@@ -12,9 +13,10 @@ from collections.abc import Callable, Iterator
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +27,93 @@ from kd_jax import losses
 
 BATCH, CLASSES = 8, 5
 
+# An argument that is a tuple of arrays has one entry for each: "name/0".
 Arrays = dict[str, np.ndarray]
 
 
-def _logits(rng: np.random.Generator) -> np.ndarray:
-  return (2 * rng.normal(size=(BATCH, CLASSES))).astype(np.float32)
+class Input(NamedTuple):
+  """What an argument looks like.
+
+  Attributes:
+    shape: of the array, or a tuple of shapes for a tuple of arrays.
+    batch: the axis of the examples; None: a parameter, the same for all.
+    draw: makes an array of that shape; None: normal, with a deviation of 2.
+      Only arguments without it are replaced by harsh values.
+  """
+
+  shape: tuple[Any, ...]
+  batch: int | None = 0
+  draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = (
+    None
+  )
 
 
-def _labels(rng: np.random.Generator) -> np.ndarray:
-  return rng.integers(CLASSES, size=BATCH).astype(np.int32)
+def _integers(high: int) -> Callable[..., np.ndarray]:
+  return lambda rng, shape: rng.integers(high, size=shape).astype(np.int32)
 
 
-# What a positional argument of this name looks like.
-INPUTS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
-  "student_logits": _logits,
-  "teacher_logits": _logits,
-  "labels": _labels,
+def _log_probs(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  """Of the first classes of a distribution over more."""
+  logits = rng.normal(size=(*shape[:-1], shape[-1] + 2))
+  total = np.log(np.exp(logits).sum(-1, keepdims=True))
+  return (logits - total)[..., : shape[-1]]
+
+
+def _distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  order = rng.random((*shape[:-1], CLASSES)).argsort(-1)
+  return order[..., : shape[-1]].astype(np.int32)
+
+
+def _positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+  return rng.uniform(0.1, 1.0, size=shape)
+
+
+INPUTS: dict[str, Input] = {
+  "logits": Input((BATCH, CLASSES)),
+  "features": Input((BATCH, 4, 4, CLASSES)),
+  "embeddings": Input((BATCH, 6)),
+  "hidden": Input((BATCH, 3, 4)),
+  "factor": Input((BATCH, 4, 4, CLASSES)),
+  "mean": Input((BATCH, 4, 4, CLASSES)),
+  "log_scale": Input((CLASSES,), batch=None),
+  "pair": Input(((BATCH, 4, 4, 3), (BATCH, 4, 4, CLASSES))),
+  # Heads come before tokens, queries before keys.
+  "attention": Input((BATCH, 2, 3, 3)),
+  "values": Input((BATCH, 2, 3, 4)),
+  "vectors": Input((BATCH, 3, 4)),
+  "log_probs": Input((BATCH, 3), draw=_log_probs),
+  "indices": Input((BATCH, 3), draw=_distinct),
+  "weights": Input((BATCH, 3), draw=_positive),
+  "labels": Input((BATCH,), draw=_integers(CLASSES)),
 }
-# Values of keyword-only arguments that have no default.
-REQUIRED: dict[str, Any] = {}
+# Arguments of one loss that are not what their name says elsewhere.
+SPECIAL: dict[tuple[str, str], Input] = {
+  ("mutual_kl", "teacher_logits"): Input((3, BATCH, CLASSES), batch=1),
+  ("early_exit_kl", "student_logits"): Input((3, BATCH, CLASSES), batch=1),
+  ("linear_divergence", "student_hidden"): Input((BATCH, 4)),
+  ("linear_divergence", "student_head"): Input((4, CLASSES), batch=None),
+  ("linear_divergence", "teacher_hidden"): Input((BATCH, 3)),
+  ("linear_divergence", "teacher_head"): Input((3, CLASSES), batch=None),
+  ("ofd", "margin"): Input((CLASSES,), batch=None),
+}
+# Values of keyword-only arguments that have no default and are no arrays.
+REQUIRED: dict[str, Any] = {
+  "num_heads": 2,
+  "divergence": losses.kl,
+  "chunk_size": 3,
+}
 # Scalars whose default is None, beside those whose default is a float.
 OPTIONAL_SCALARS = {"teacher_temperature": 1.5}
+# Losses with one value per token, not per example.
+OUTPUT_SHAPES: dict[str, tuple[int, ...]] = {}
+# Axes in which student and teacher may differ: from this one on.
+FREE_AXES: dict[str, int] = {}
 
 PUBLIC = {
   name: value
-  for name, value in vars(losses).items()
-  if callable(value) and not name.startswith("_")
+  for module in [losses.__name__, *os.environ.get("KD_LOSSES", "").split()]
+  for name, value in vars(importlib.import_module(module)).items()
+  if inspect.isfunction(value) and not name.startswith("_")
 }
 every_loss = pytest.mark.parametrize("name", PUBLIC)
 
@@ -67,41 +130,97 @@ def positional(name: str) -> list[str]:
   ]
 
 
-@functools.cache
-def bound(name: str) -> Callable[..., jax.Array]:
-  """The loss with its required keywords given."""
-  missing = {
+def required(name: str) -> list[str]:
+  """Keyword-only arguments without a default."""
+  return [
     key
     for key, parameter in parameters(name).items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     and parameter.default is inspect.Parameter.empty
-  }
-  unknown = missing - REQUIRED.keys()
-  assert not unknown, f"add {sorted(unknown)} to REQUIRED in {__file__}"
-  return functools.partial(
-    PUBLIC[name], **{key: REQUIRED[key] for key in missing}
-  )
+  ]
+
+
+def input_of(name: str, key: str) -> Input | None:
+  """What to give for an argument, or None."""
+  argument = key.split("/")[0]
+  for known in ((name, argument), argument):
+    found = (SPECIAL if isinstance(known, tuple) else INPUTS).get(known)
+    if found is not None:
+      return found
+  side = re.sub("^(student|teacher)_", "", argument)
+  return INPUTS.get(side)
+
+
+def batch_axis(name: str, key: str) -> int | None:
+  found = input_of(name, key)
+  assert found is not None
+  return found.batch
 
 
 def call(name: str, arrays: dict[str, Any], **options: Any) -> jax.Array:
   """The loss of named arrays: jax sorts dictionaries, so by name it is."""
-  return bound(name)(*(arrays[key] for key in positional(name)), **options)
+  arguments: dict[str, Any] = {}
+  for key in sorted(arrays):
+    argument, *index = key.split("/")
+    if index:
+      arguments[argument] = (*arguments.get(argument, ()), arrays[key])
+    else:
+      arguments[argument] = arrays[key]
+  for key in required(name):
+    if key not in arguments:
+      assert key in REQUIRED, f"add {key} to INPUTS or REQUIRED in {__file__}"
+      options[key] = REQUIRED[key]
+  inputs = [arguments.pop(key) for key in positional(name)]
+  result = PUBLIC[name](*inputs, **arguments, **options)
+  # A loss with a state gives (values, new state).
+  return result[0] if isinstance(result, tuple) else result
 
 
 def inputs(name: str, seed: int = 0) -> Arrays:
   """Ordinary arguments, by name and in order."""
-  unknown = [key for key in positional(name) if key not in INPUTS]
-  assert not unknown, f"add {unknown} to INPUTS in {__file__}"
   rng = np.random.default_rng(seed)
-  return {key: INPUTS[key](rng) for key in positional(name)}
+  arrays: Arrays = {}
+  for key in positional(name) + required(name):
+    found = input_of(name, key)
+    if found is None:
+      assert key in REQUIRED, f"add {key} to INPUTS in {__file__}"
+      continue
+    shape = found.shape
+    several = bool(shape) and isinstance(shape[0], tuple)
+    for i, one in enumerate(shape if several else [shape]):
+      draw = found.draw or (lambda rng, shape: 2 * rng.normal(size=shape))
+      array = draw(rng, one)
+      if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+      arrays[f"{key}/{i}" if several else key] = array
+  return arrays
 
 
 def floats(arrays: Arrays) -> list[str]:
   return [key for key, x in arrays.items() if x.dtype.kind == "f"]
 
 
+def harsh_keys(name: str, arrays: Arrays) -> list[str]:
+  """The arguments that may hold any numbers."""
+  return [
+    key
+    for key in floats(arrays)
+    if (found := input_of(name, key)) is not None and found.draw is None
+  ]
+
+
+def output_shape(name: str) -> tuple[int, ...]:
+  return OUTPUT_SHAPES.get(name, (BATCH,))
+
+
+def mask(name: str, rows: np.ndarray) -> np.ndarray:
+  """The mask that takes whole examples out."""
+  shape = output_shape(name)
+  return np.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape)
+
+
 def scalars(name: str) -> dict[str, float]:
-  """The traceable scalars at their defaults, and other fair values."""
+  """The traceable scalars at their defaults."""
   return {
     key: parameter.default
     for key, parameter in parameters(name).items()
@@ -117,17 +236,18 @@ def other_scalars(name: str) -> dict[str, float]:
   return values
 
 
-@functools.cache
-def program(name: str) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """(values, gradients by float argument and scalar), everything traced."""
+def value_and_grads(name: str, **static: Any) -> Callable[..., Any]:
+  """(values, gradients by float argument and scalar) of the summed loss."""
 
-  @jax.jit
   def run(arrays, where, scalars):
     varied = scalars | {key: arrays[key] for key in floats(arrays)}
 
     def total(varied):
       options = {key: varied[key] for key in scalars}
-      values = call(name, arrays | varied, where=where, **options)
+      if where is not None:
+        options["where"] = where
+      varied = {key: x for key, x in varied.items() if key not in scalars}
+      values = call(name, arrays | varied, **options, **static)
       return jnp.sum(values), values
 
     grads, values = jax.grad(total, has_aux=True)(varied)
@@ -136,13 +256,20 @@ def program(name: str) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   return run
 
 
-def run(name: str, arrays: Arrays, where=None, **options: float):
-  if where is None:
-    where = np.ones(BATCH, bool)
+@functools.cache
+def program(name: str) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """The same, compiled with everything traced."""
+  return jax.jit(value_and_grads(name))
+
+
+def run(name: str, arrays: Arrays, rows: np.ndarray | None = None, **options):
+  """Values and gradients; `rows` [batch] bool, the valid examples."""
+  if rows is None:
+    rows = np.ones(BATCH, bool)
   options = scalars(name) | options
   values, grads = program(name)(
     {key: jnp.asarray(x) for key, x in arrays.items()},
-    where,
+    mask(name, rows),
     {key: jnp.float32(x) for key, x in options.items()},
   )
   return np.asarray(values), {k: np.asarray(g) for k, g in grads.items()}
@@ -175,7 +302,11 @@ def test_everything_public_is_under_contract():
 def test_signature(name):
   assert not name.endswith("_loss")
   order = ["student", "teacher", "labels"]
-  kinds = [key.split("_")[0] for key in positional(name)]
+  # The scale of a variational student's noise is its own parameter.
+  kinds = [
+    "student" if key == "log_scale" else key.split("_")[0]
+    for key in positional(name)
+  ]
   assert kinds[0] == "student" and set(kinds) <= set(order)
   assert kinds == sorted(kinds, key=order.index)
   for key, parameter in parameters(name).items():
@@ -186,12 +317,14 @@ def test_signature(name):
     )
     if key in positional(name):
       assert parameter.default is inspect.Parameter.empty
-  assert inspect.signature(PUBLIC[name]).return_annotation in (
-    jax.Array,
-    "jax.Array",
-  )
+  returned = inspect.signature(PUBLIC[name]).return_annotation
+  returned = returned if isinstance(returned, str) else repr(returned)
+  assert re.search(r"^(tuple\[)?(<class ')?jax\.(jaxlib.*\.)?Array", returned)
   assert parameters(name)["where"].default is None
-  assert not {"alpha", "z", "p", "q"} & parameters(name).keys()
+  forbidden = {"alpha", "z", "q"}
+  if name not in ("attention_transfer", "factor_transfer"):  # their exponent
+    forbidden.add("p")
+  assert not forbidden & parameters(name).keys()
 
 
 @every_loss
@@ -220,33 +353,31 @@ def test_one_float32_value_per_example(name, dtype):
     key: jnp.asarray(x, dtype) if key in floats(arrays) else x
     for key, x in arrays.items()
   }
-  values = call(name, low)
-  assert values.dtype == jnp.float32
-  assert values.shape == (BATCH,)
-  # Computed in float32, not only returned in it.
   high = {
     key: jnp.asarray(x, jnp.float32) if x.dtype == dtype else x
     for key, x in low.items()
   }
-  np.testing.assert_array_equal(values, call(name, high))
+  values = traced_shape(name, low)
+  assert values.dtype == jnp.float32
+  assert values.shape == output_shape(name)
+  # Computed in float32, not only returned in it.
+  values, grads = program(name)(low, mask(name, np.ones(BATCH, bool)), {})
+  expected, _ = program(name)(high, mask(name, np.ones(BATCH, bool)), {})
+  np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-7)
   # A gradient has the dtype of its argument.
-  grads = jax.eval_shape(
-    jax.grad(lambda varied: call(name, low | varied).sum()),
-    {key: low[key] for key in floats(arrays)},
-  )
   assert all(grad.dtype == dtype for grad in grads.values())
 
 
 @every_loss
 def test_no_broadcasting(name):
   arrays = inputs(name)
-  assert traced_shape(name, arrays).shape == (BATCH,)
+  assert traced_shape(name, arrays).shape == output_shape(name)
   for key, x in arrays.items():
-    if key == positional(name)[0]:
+    if key == next(iter(arrays)):
       continue
     partner = key.replace("teacher_", "student_")
     if partner not in arrays or partner == key:
-      partner = positional(name)[0]
+      partner = next(iter(arrays))
     wrong = {
       (*x.shape[:-1], 1),
       (*x.shape, 1),
@@ -256,11 +387,17 @@ def test_no_broadcasting(name):
       (1,),
       (),
     }
+    free = FREE_AXES.get(name, x.ndim)
     for shape in wrong - {x.shape}:
+      if shape[:free] == x.shape[:free] and (
+        len(shape) == x.ndim or free < x.ndim - 1
+      ):
+        continue
       bad = arrays | {key: jnp.zeros(shape, x.dtype)}
       with pytest.raises(ValueError) as error:
         traced_shape(name, bad)
       for text in (key, str(shape), partner, str(arrays[partner].shape)):
+        text = text.split("/")[0]
         assert text in str(error.value), f"{shape}: {error.value}"
       assert "\n" not in str(error.value)
 
@@ -272,30 +409,35 @@ def test_dtypes(name):
     wrong = [jnp.bool_, jnp.complex64]
     wrong += [jnp.int32, jnp.uint8] if key in floats(arrays) else [jnp.float32]
     for dtype in wrong:
-      with pytest.raises(TypeError, match=key):
+      with pytest.raises(TypeError, match=key.split("/")[0]):
         traced_shape(name, arrays | {key: jnp.zeros(x.shape, dtype)})
 
 
 @every_loss
 def test_a_mask_of_the_wrong_kind(name):
-  arrays = inputs(name)
-  for shape in [(1,), (), (BATCH, 1), (1, BATCH), (BATCH - 1,)]:
+  arrays, right = inputs(name), output_shape(name)
+  for shape in {(1,), (), (*right, 1), (1, *right), (BATCH - 1, *right[1:])}:
     with pytest.raises(ValueError, match="where has shape"):
       traced_shape(name, arrays, where=jnp.ones(shape, bool))
   for dtype in (jnp.int32, jnp.float32):
     with pytest.raises(TypeError, match="where has dtype"):
-      traced_shape(name, arrays, where=jnp.ones(BATCH, dtype))
+      traced_shape(name, arrays, where=jnp.ones(right, dtype))
 
 
 # Masks
 
 
-def with_rows(arrays: Arrays, rows: np.ndarray, fill: float, label: int):
+def with_rows(
+  name: str, arrays: Arrays, rows: np.ndarray, fill: float, label: int
+) -> Arrays:
   """The inputs with some examples replaced."""
   changed = {}
   for key, x in arrays.items():
     changed[key] = x.copy()
-    changed[key][rows] = fill if x.dtype.kind == "f" else label
+    axis = batch_axis(name, key)
+    if axis is not None:
+      by_example = np.moveaxis(changed[key], axis, 0)
+      by_example[rows] = fill if x.dtype.kind == "f" else label
   return changed
 
 
@@ -303,33 +445,67 @@ def with_rows(arrays: Arrays, rows: np.ndarray, fill: float, label: int):
 @pytest.mark.parametrize("fill", [np.nan, np.inf, -np.inf, 3e38])
 def test_masked_examples_are_zero_and_get_no_gradient(name, fill):
   arrays = inputs(name)
-  where = np.arange(BATCH) % 3 != 0
-  expected, expected_grads = run(name, with_rows(arrays, ~where, 0.5, 0), where)
-  assert np.all(np.isfinite(expected)) and np.any(expected[where] != 0)
-  values, grads = run(name, with_rows(arrays, ~where, fill, -100), where)
-  np.testing.assert_array_equal(values[~where], 0.0)
+  rows = np.arange(BATCH) % 3 != 0
+  neutral = with_rows(name, arrays, ~rows, 0.5, 0)
+  expected, expected_grads = run(name, neutral, rows)
+  assert np.all(np.isfinite(expected)) and np.any(expected[rows] != 0)
+  broken = with_rows(name, arrays, ~rows, fill, -100)
+  values, grads = run(name, broken, rows)
+  np.testing.assert_array_equal(values[~rows], 0.0)
   np.testing.assert_array_equal(values, expected)
   for key, grad in grads.items():
     np.testing.assert_array_equal(grad, expected_grads[key])
-    if key in arrays:
-      np.testing.assert_array_equal(grad[~where], 0.0)
+    if key in arrays and batch_axis(name, key) is not None:
+      by_example = np.moveaxis(grad, batch_axis(name, key), 0)
+      np.testing.assert_array_equal(by_example[~rows], 0.0)
 
 
 @every_loss
 def test_a_batch_that_is_masked_whole(name):
-  where = np.zeros(BATCH, bool)
-  values, grads = run(
-    name, with_rows(inputs(name), ~where, np.nan, -100), where
-  )
+  rows = np.zeros(BATCH, bool)
+  arrays = with_rows(name, inputs(name), ~rows, np.nan, -100)
+  values, grads = run(name, arrays, rows)
   for array in (values, *grads.values()):
     np.testing.assert_array_equal(array, 0.0)
 
 
 @every_loss
-def test_no_mask_is_a_mask_of_ones(name):
+def test_one_example_is_a_batch(name):
+  rows = np.arange(BATCH) == 2
+  values, grads = run(name, inputs(name), rows)
+  for array in (values, *grads.values()):
+    assert np.all(np.isfinite(array))
+
+
+@every_loss
+def test_masked_examples_are_left_out(name):
+  """As if they had never been in the batch, nor anyone's partner."""
   arrays = inputs(name)
-  expected, _ = run(name, arrays)
-  np.testing.assert_allclose(call(name, arrays), expected, rtol=1e-6, atol=1e-6)
+  rows = np.arange(BATCH) % 3 != 0
+  short = {
+    key: x
+    if (axis := batch_axis(name, key)) is None
+    else np.compress(rows, x, axis)
+    for key, x in arrays.items()
+  }
+  expected = jax.jit(lambda arrays: call(name, arrays))(short)
+  values, _ = run(name, arrays, rows)
+  np.testing.assert_allclose(values[rows], expected, rtol=1e-5, atol=1e-6)
+
+
+@every_loss
+def test_the_order_of_the_examples_does_not_matter(name):
+  arrays = inputs(name)
+  order = np.random.default_rng(3).permutation(BATCH)
+  moved = {
+    key: x
+    if (axis := batch_axis(name, key)) is None
+    else np.take(x, order, axis)
+    for key, x in arrays.items()
+  }
+  np.testing.assert_allclose(
+    run(name, moved)[0], run(name, arrays)[0][order], rtol=1e-5, atol=1e-6
+  )
 
 
 # Values and gradients
@@ -338,43 +514,58 @@ def test_no_mask_is_a_mask_of_ones(name):
 def harsh(name: str) -> Iterator[tuple[str, Arrays]]:
   """Inputs that naive code turns into NaN."""
   arrays = inputs(name)
-  keys = floats(arrays)
+  keys = harsh_keys(name, arrays)
   signs = {key: np.sign(arrays[key]) for key in keys}
-  first = arrays[keys[0]]
 
   def each(change: Callable[[str, np.ndarray], np.ndarray]) -> Arrays:
     return arrays | {
       key: np.asarray(change(key, arrays[key]), np.float32) for key in keys
     }
 
+  def like_student(key: str, x: np.ndarray) -> np.ndarray:
+    first = arrays.get(key.replace("teacher_", "student_"), x)
+    return first if first.shape == x.shape else x
+
   # 9984 is 1e4 as bfloat16 has it.
   yield "sigma 60", each(lambda key, x: 30 * x)
   yield "+-1e4", each(lambda key, x: 9984 * signs[key])
   yield (
     "+-1e4, opposite",
-    each(lambda key, x: 9984 * signs[keys[0]] * (-1) ** keys.index(key)),
+    each(
+      lambda key, x: (
+        9984
+        * signs[keys[0]].flat[0]
+        * (-1) ** keys.index(key)
+        * np.ones_like(x)
+      )
+    ),
   )
   yield "gap 200", each(lambda key, x: 100 * signs[key])
   yield "an offset of 1e4", each(lambda key, x: x + 9984)
   yield "tiny", each(lambda key, x: 1e-30 * x)
   yield "zeros", each(lambda key, x: 0 * x)
   yield "equal examples", each(lambda key, x: np.broadcast_to(x[:1], x.shape))
-  yield (
-    "student equals teacher",
-    each(lambda key, x: first if x.shape == first.shape else x),
-  )
+  yield "student equals teacher", each(like_student)
 
-  absent = (np.arange(CLASSES) + np.arange(BATCH)[:, None]) % CLASSES < 2
-  logits = [key for key in keys if key.endswith("logits")]
+  logits = [key for key in keys if key.endswith(("logits", "attention"))]
   if not logits:
     return
-  change = lambda keys, mask: (
-    arrays | {key: np.where(mask, -np.inf, arrays[key]) for key in keys}
+  # Another pair of classes for each example.
+  absent = {
+    key: np.indices(arrays[key].shape).sum(0) % arrays[key].shape[-1] < 2
+    for key in logits
+  }
+  change = lambda keys, everywhere=False: (
+    arrays
+    | {
+      key: np.where(absent[key] | everywhere, np.float32(-np.inf), arrays[key])
+      for key in keys
+    }
   )
-  yield "absent classes", change(logits, absent)
+  yield "absent classes", change(logits)
   yield "no class at all", change(logits, True)
   for key in logits:
-    yield f"classes absent in {key} alone", change([key], absent)
+    yield f"classes absent in {key} alone", change([key])
     yield f"no class at all in {key} alone", change([key], True)
 
 
@@ -395,9 +586,12 @@ def test_broken_inputs_are_not_hidden(name):
   arrays = inputs(name)
   for key in floats(arrays):
     broken = arrays | {key: arrays[key].copy()}
-    broken[key][3] = np.nan
+    axis = batch_axis(name, key)
+    np.moveaxis(broken[key], axis or 0, 0)[3 if axis is not None else 0] = (
+      np.nan
+    )
     values, _ = run(name, broken)
-    assert np.isnan(values[3]), key
+    assert np.all(np.isnan(values[3])), key
 
 
 @every_loss
@@ -408,7 +602,8 @@ def test_gradients_are_those_of_the_values(name):
   rng = np.random.default_rng(1)
   step = 2.0**-7
   for key, grad in grads.items():
-    assert np.any(grad != 0), f"the gradient of {key} is stopped"
+    if key in positional(name) or key in options:
+      assert np.any(grad != 0), f"the gradient of {key} is stopped"
     direction = rng.normal(size=grad.shape).astype(np.float32)
     sides = []
     for sign in (1, -1):
@@ -422,7 +617,7 @@ def test_gradients_are_those_of_the_values(name):
       sides.append(values.astype(np.float64).sum())
     slope = (sides[0] - sides[1]) / (2 * step)
     np.testing.assert_allclose(
-      (grad * direction).sum(), slope, rtol=1e-2, atol=1e-2
+      (grad * direction).sum(), slope, rtol=1e-2, atol=1e-2, err_msg=key
     )
 
 
@@ -432,8 +627,10 @@ def test_gradients_are_those_of_the_values(name):
 @every_loss
 def test_scalars_are_traced_and_agree_with_numbers(name):
   arrays, options = inputs(name), other_scalars(name)
-  expected = call(name, arrays, **options)
-  values = jax.jit(bound(name))(*arrays.values(), **options)
+  expected = jax.jit(lambda arrays: call(name, arrays, **options))(arrays)
+  values = jax.jit(lambda arrays, options: call(name, arrays, **options))(
+    arrays, options
+  )
   np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
   if not scalars(name):
     return
@@ -443,9 +640,6 @@ def test_scalars_are_traced_and_agree_with_numbers(name):
   values, _ = run(name, arrays, **swept)
   assert program(name)._cache_size() == compiled
   assert np.any(values != default)
-  np.testing.assert_allclose(
-    values, call(name, arrays, **swept), rtol=1e-5, atol=1e-6
-  )
 
 
 @every_loss
@@ -464,8 +658,8 @@ def test_temperatures(name, bad):
 @every_loss
 def test_vmap_is_a_loop(name):
   seeds = [inputs(name, seed) for seed in range(3)]
-  stacked = [np.stack([x[key] for x in seeds]) for key in seeds[0]]
-  values = jax.jit(jax.vmap(bound(name)))(*stacked)
+  stacked = {key: np.stack([x[key] for x in seeds]) for key in seeds[0]}
+  values = jax.jit(jax.vmap(lambda arrays: call(name, arrays)))(stacked)
   expected = [run(name, arrays)[0] for arrays in seeds]
   np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
 
@@ -475,14 +669,32 @@ def test_pmap_is_one_device(name):
   """With 8 devices; relational losses gather their partners by axis_name."""
   assert jax.local_device_count() == BATCH
   arrays = inputs(name)
-  where = np.arange(BATCH) % 3 != 0
-  options = {}
+  rows = np.arange(BATCH) % 3 != 0
+  static = {}
   if "axis_name" in parameters(name):
-    options["axis_name"] = "batch"
-  split = lambda x: x.reshape(BATCH, 1, *x.shape[1:])
-  values = jax.pmap(
-    lambda where, *arrays: bound(name)(*arrays, where=where, **options),
+    static["axis_name"] = "batch"
+  axes = {key: batch_axis(name, key) for key in arrays}
+  # One example per device along the leading axis, parameters everywhere.
+  split = {
+    key: x if axes[key] is None else np.stack(np.split(x, BATCH, axes[key]))
+    for key, x in arrays.items()
+  }
+  values, grads = jax.pmap(
+    value_and_grads(name, **static),
     axis_name="batch",
-  )(split(where), *map(split, arrays.values()))
-  expected, _ = run(name, arrays, where)
-  np.testing.assert_allclose(np.ravel(values), expected, rtol=1e-5, atol=1e-6)
+    in_axes=({key: None if axes[key] is None else 0 for key in axes}, 0, None),
+  )(split, mask(name, rows)[:, None], {})
+  expected, expected_grads = run(name, arrays, rows)
+  np.testing.assert_allclose(
+    values.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6
+  )
+  for key in floats(arrays):
+    # Of a parameter, each device has its part of the gradient.
+    grad = (
+      np.sum(grads[key], 0)
+      if axes[key] is None
+      else np.concatenate(grads[key], axes[key])
+    )
+    np.testing.assert_allclose(
+      grad, expected_grads[key], rtol=1e-4, atol=1e-5, err_msg=key
+    )

@@ -1,0 +1,79 @@
+"""What divergences of two softened predictions have in common.
+
+p is the teacher's distribution and q the student's, as in `_numerics`.
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd_jax.losses import _checks as checks, _numerics as numerics
+
+
+def pair(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike,
+  teacher_temperature: ArrayLike | None,
+  axis: int,
+  where: ArrayLike | None,
+) -> tuple[numerics.LogPair, jax.Array, jax.Array | None]:
+  """Checks the arguments that all divergences share, and softens.
+
+  Returns:
+    (the two distributions, temperature**2, the mask). Masked examples have
+    equal logits.
+  """
+  student, teacher, where = checks.logit_pair(
+    student_logits, teacher_logits, axis=axis, where=where
+  )
+  temperature = checks.positive("temperature", temperature)
+  if teacher_temperature is not None:
+    teacher_temperature = checks.positive(
+      "teacher_temperature", teacher_temperature
+    )
+  softened = numerics.log_softmax_pair(
+    student, teacher, temperature, teacher_temperature, axis
+  )
+  return softened, temperature**2, where
+
+
+def present(softened: numerics.LogPair) -> jax.Array:
+  """[..., classes] bool, False for a class that is absent on both sides."""
+  return (softened.log_p != numerics.LOG_ZERO) | (
+    softened.log_q != numerics.LOG_ZERO
+  )
+
+
+def log_mixture(
+  log_p: jax.Array,
+  log_q: jax.Array,
+  log_ratio: jax.Array,
+  p_weight: jax.Array,
+  q_weight: jax.Array,
+) -> jax.Array:
+  """log(m / p) for m = p_weight p + q_weight q, where the weights sum to 1.
+
+  From the ratio where it is small, so that it keeps its digits, and from the
+  logarithms where exp of it may overflow, or m underflow.
+  """
+  near = jnp.abs(log_ratio) < 1.0
+  d = jnp.where(near, log_ratio, 0.0)
+  log_m = jnp.logaddexp(jnp.log(p_weight) + log_p, jnp.log(q_weight) + log_q)
+  return jnp.where(near, jnp.log1p(q_weight * jnp.expm1(d)), log_m - log_p)
+
+
+def difference(softened: numerics.LogPair, axis: int) -> jax.Array:
+  """q - p, with all its digits also where the two are nearly equal."""
+  log_p, log_q, log_ratio = softened
+  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  near = jnp.abs(log_ratio) < 1.0
+  change = jnp.where(
+    near, p * jnp.expm1(jnp.where(near, log_ratio, 0.0)), q - p
+  )
+  # The rounding of the normalisers, which is the same factor for all classes,
+  # shows as a sum that is not 0.
+  surplus = lax.stop_gradient(jnp.sum(change, axis, keepdims=True))
+  return jnp.where(near, change - p * surplus, change)
