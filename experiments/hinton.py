@@ -15,11 +15,10 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import cli, compression, data, losses, models, report, train
+from kd_jax import cli, data, losses, models, report, train
 from kd_jax.data import views
 from kd_jax.errors import check_number, check_numbers, checking
 from kd_jax.reduce import Term
-from kd_jax.scoreboard import Scoreboard
 
 
 def make_loss(model, teacher=None, max_shift=0):
@@ -62,7 +61,7 @@ def network(config, settings, num_classes, teacher=None):
     optax.adam(schedule),
     preprocess=views.to_float,
     how=config.parallel,
-    devices=jax.devices()[: config.devices or None],
+    devices=train.use_devices(config.devices),
     steps_per_call=config.steps_per_call,
   )
 
@@ -73,28 +72,15 @@ def load(config):
   test = data.load(config.dataset, config.test_split, config.data_dir)
   arrays = data.to_arrays(source)
   n = len(arrays["id"])
-  claimed = {row for claim in config.claims for row in claim[1:3]}
-  missing = {row.removesuffix("+bias") for row in claimed} - set(config.rows)
-  if missing:
-    raise ValueError(
-      f"claims speak of {sorted(missing)}, which rows leaves out; set claims"
-    )
-  if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-    raise ValueError(f"seeds is {config.seeds}; it should name distinct seeds")
+  bias = [f"{row}+bias" for row in config.rows]
+  train.check_comparison(config.rows, config.claims, config.seeds, derived=bias)
   check_number("holdout", config.holdout, least=0, most=n - 1)
   once, positive, share = {"least": 1}, {"above": 0}, {"least": 0, "most": 0.99}
   check_numbers("", config, eval_every=once, save_every=once, log_every=once)
   for name in ("teacher", "student"):
-    check_numbers(
-      name,
-      config[name],
-      steps=once,
-      learning_rate=positive,
-      dropout=share,
-      input_dropout=share,
-    )
-    devices = len(jax.devices()[: config.devices or None])
-    train.check_divides(config[name].batch_size, devices)
+    check_numbers(name, config[name], dropout=share, input_dropout=share)
+    devices = len(train.use_devices(config.devices))
+    train.check_training(name, config[name], devices)
   for name in config.rows:
     s = config.students[name]
     check_numbers(
@@ -140,40 +126,29 @@ def learn_bias(logits, labels, absent):
 
 def body(config, num_classes, teacher_net, pool, held, test, path):
   """A stage for every network and seed, then the table and the pictures."""
-  board = Scoreboard(test["label"])
   teacher_seeds = config.teacher.seeds or config.seeds
   total = len(teacher_seeds) + len(config.seeds) * len(config.rows)
-  stages = train.Stages(path, total)
-  nets, teachers, costs, examples = {}, {}, {}, []
-
-  def finish(net, settings, name, label, seed, frozen):
-    """Trains one stage; returns its variables and test logits."""
-    workdir, title = stages.enter(f"seed{seed}/{name}", f"{label}, seed {seed}")
-    variables = net.fit(
-      frozen,
-      test,
-      seed,
-      batch_size=settings.batch_size,
-      num_steps=settings.steps,
-      workdir=workdir,
-      title=title,
-      **{k: config[k] for k in ("eval_every", "save_every", "log_every")},
-    )
-    size = "teacher" if net is teacher_net else f"student {layers(settings)}"
-    if size not in costs:
-      digits = test["image"][:100]
-      costs[size] = compression.cost(net.logits, variables, digits)
-    return variables, net.predict(variables, test["image"])
+  periods = {k: config[k] for k in ("eval_every", "save_every", "log_every")}
+  study = train.Study(path, test, total, **periods)
+  nets, teachers, examples = {}, {}, []
 
   for number, seed in enumerate(config.seeds):
     source = teacher_seeds[number % len(teacher_seeds)]
     if source not in teachers:
       frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
       label, paper = f"teacher {layers(config.teacher)}", config.teacher.paper
-      found = finish(
-        teacher_net, config.teacher, "teacher", label, source, frozen
+      found = study.train(
+        teacher_net,
+        frozen,
+        name="teacher",
+        title=label,
+        kind="teacher",
+        seed=source,
+        settings=config.teacher,
       )
-      board.add("teacher", found[1], seed=source, title=label, paper=paper)
+      study.board.add(
+        "teacher", found[1], seed=source, title=label, paper=paper
+      )
       column = teacher_net.predict(found[0], pool["image"])
       teachers[source] = (*found, column)
     teacher, taught, column = teachers[source]
@@ -193,12 +168,20 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
         frozen["teacher"] = teacher
       else:
         transfer["teacher_logits"] = column[rows]
-      student, logits = finish(net, settings, name, s.label, seed, frozen)
+      student, logits = study.train(
+        net,
+        frozen,
+        name=name,
+        title=s.label,
+        kind=f"student {layers(settings)}",
+        seed=seed,
+        settings=settings,
+      )
       if not examples:
         examples = report.pick(test, taught, logits, s.temperature)
       absent = ~np.isin(np.arange(num_classes), transfer["label"])
       add = functools.partial(
-        board.add, seed=seed, teacher_logits=taught, absent=absent
+        study.board.add, seed=seed, teacher_logits=taught, absent=absent
       )
       add(name, logits, title=s.label, paper=s.paper)
       if s.learn_bias:
@@ -208,7 +191,7 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
         title = f"{s.label}, one bias learned"
         add(f"{name}+bias", mended, title=title, paper=s.paper_bias, bias=bias)
 
-  result = board.result(
+  result = study.result(
     config.claims,
     experiment="hinton",
     title=f"Soft targets on {config.dataset}: {config.study}",
@@ -220,9 +203,8 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
       "held out": len(held["id"]),
       "test": len(test["id"]),
     },
-    models=costs,
   )
-  curves = stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
+  curves = study.stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
   return result, {"curves": curves, "examples": examples}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax import calibration, charts, result_file, results
+from kd_jax import calibration, charts, files, result_file, results
 
 Result = Mapping[str, Any]
 
@@ -135,7 +135,7 @@ def write(
     f"<title>{_e(result['title'])}</title>\n<style>{_STYLE}</style></head>\n"
     f"<body><main>\n{''.join(parts)}</main></body></html>\n"
   )
-  result_file.write_text(path, page)
+  files.write_text(path, page)
 
 
 def pick(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import comparison
+from kd_jax.files import write_text
 
 Result = Mapping[str, Any]
 
@@ -197,33 +198,6 @@ def _metric(metric: Any, where: str) -> None:
   _fields(metric, dict.fromkeys(("name", "unit", "better"), str), where)
   better = metric["better"] in comparison.BETTER
   _want(better, f"{where}.better", "lower or higher")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-  """Writes a file whole or not at all, and durably.
-
-  Args:
-    path: where to; the folder exists.
-    text: written as UTF-8.
-
-  Raises:
-    OSError: if it cannot be written; what was there before stays.
-  """
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-  folder = os.open(path.parent, os.O_RDONLY)
-  try:
-    os.fsync(folder)  # So that the new name survives a power cut as well.
-  finally:
-    os.close(folder)
 
 
 def save(path: str | os.PathLike[str], result: Result) -> None:

@@ -23,12 +23,12 @@ import sys
 from typing import Any
 
 from kd_jax.comparison import compare as compare, summary as summary
+from kd_jax.files import write_text
 from kd_jax.result_file import (
   environment as environment,
   load as load,
   save as save,
   validate as validate,
-  write_text as write_text,
 )
 
 Result = Mapping[str, Any]

@@ -22,6 +22,12 @@ from kd_jax.train.step import (
   index_batches as index_batches,
   make_step as make_step,
 )
+from kd_jax.train.study import (
+  Study as Study,
+  check_comparison as check_comparison,
+  check_training as check_training,
+  use_devices as use_devices,
+)
 from kd_jax.train.workdir import (
   check_workdir as check_workdir,
   open_workdir as open_workdir,

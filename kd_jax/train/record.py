@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from kd_jax import report, result_file, results
-from kd_jax.train.workdir import check_workdir, open_workdir, write_text
+from kd_jax.files import write_text
+from kd_jax.train.workdir import check_workdir, open_workdir
 
 
 def record(

@@ -245,7 +245,8 @@ def gather_batch(
   Returns:
     The same step, whose `frozen` has a further entry `data`, a dict of arrays
     with a common leading axis, and whose `batch` has `index`, int32 [batch],
-    the rows to take. Other entries of `batch` are passed on.
+    the rows to take. If there is `partner`, int32 [batch], those rows become a
+    dict under that name. Other entries of `batch` are passed on.
   """
 
   def with_data(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,6 +260,9 @@ def gather_batch(
       rest = dict(batch)
       index = rest.pop("index")
       rows = {name: x[index] for name, x in frozen["data"].items()}
+      if "partner" in rest:
+        other = rest.pop("partner")
+        rest["partner"] = {name: x[other] for name, x in frozen["data"].items()}
       return function(state, frozen, {**rows, **rest}, axis_name=axis_name)
 
     return gathered
@@ -269,7 +273,12 @@ def gather_batch(
 
 
 def index_batches(
-  seed: int, batch_size: int, n: int
+  seed: int,
+  batch_size: int,
+  n: int,
+  *,
+  views: int | None = None,
+  partners: bool = False,
 ) -> Callable[[int], dict[str, np.ndarray]]:
   """Batches for `gather_batch`: rows and epoch, a pure function of the step.
 
@@ -277,21 +286,30 @@ def index_batches(
     seed: of the order.
     batch_size: examples in a batch.
     n: examples in the data.
+    views: how many views of an example there are; the epoch counts up to it
+      and begins again, and with it what is drawn from `views.keys`. None: a
+      new view in every epoch.
+    partners: with `partner`, the row to mix each example with.
 
   Returns:
-    `batches(step) -> {"index": int32[batch], "epoch": int32[batch]}`.
+    `batches(step) -> {"index": int32[batch], "epoch": int32[batch]}`, and
+    perhaps `partner`.
 
   Raises:
-    ValueError: if the batch is larger than the data.
+    ValueError: if the batch is larger than the data, or `views` not positive.
   """
   order.epoch_of(0, batch_size, n)  # raises now, not at the first step
+  if views is not None and views < 1:
+    raise ValueError(f"views is {views}; it should be positive")
 
   def batches(step: int) -> dict[str, np.ndarray]:
     epoch = order.epoch_of(step, batch_size, n)
-    return {
-      "index": order.batch_ids(seed, step, batch_size, n),
-      "epoch": np.full(batch_size, epoch, np.int32),
-    }
+    view = epoch if views is None else epoch % views
+    index = order.batch_ids(seed, step, batch_size, n)
+    batch = {"index": index, "epoch": np.full(batch_size, view, np.int32)}
+    if partners:
+      batch["partner"] = order.partners(seed, view, index, n)
+    return batch
 
   return batches
 

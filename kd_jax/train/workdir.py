@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import socket
-import tempfile
 from typing import Any
 import zlib
 
@@ -16,6 +15,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from kd_jax.errors import BadInput
+from kd_jax.files import write_text
 
 # What may differ when a run is taken up again: none of it changes the numbers.
 SAFE_FIELDS = ("log_every", "save_every", "progress")
@@ -111,21 +111,6 @@ def check_workdir(
       "the change"
     )
   return path
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file or, if interrupted, leaves what was there."""
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
-  except BaseException:
-    pathlib.Path(name).unlink(missing_ok=True)
-    raise
 
 
 class MetricWriter:

@@ -1,0 +1,40 @@
+"""Files that are there whole or not at all."""
+
+from collections.abc import Callable
+import os
+import pathlib
+from typing import BinaryIO
+
+
+def write(
+  path: str | os.PathLike[str], fill: Callable[[BinaryIO], object]
+) -> None:
+  """Writes a file whole or not at all, and durably.
+
+  Args:
+    path: where to; the folder exists.
+    fill: writes to the open binary file.
+
+  Raises:
+    OSError: if it cannot be written; what was there before stays.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      fill(file)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+  folder = os.open(path.parent, os.O_RDONLY)
+  try:
+    os.fsync(folder)  # So that the new name survives a power cut as well.
+  finally:
+    os.close(folder)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+  """Writes a text file as UTF-8, see `write`."""
+  write(path, lambda file: file.write(text.encode()))
