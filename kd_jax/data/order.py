@@ -39,11 +39,35 @@ def batch_ids(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
     array([5, 4, 3], dtype=int32)
   """
   epoch = epoch_of(step, batch_size, n)
-  seed = _integer("seed", seed)
-  if not 0 <= seed < 2**64:
-    raise ValueError(f"seed is {seed}; it must be in [0, 2**64)")
+  seed = _check_seed(seed)
   start = int(step - epoch * (n // batch_size)) * batch_size
   return _permutation(seed, epoch, int(n))[start : start + batch_size].copy()
+
+
+def partners(seed: int, view: int, positions: np.ndarray, n: int) -> np.ndarray:
+  """With which example each one is mixed: another permutation for each view.
+
+  The partner belongs to the example and the view, not to the batch, so a mixed
+  image can be made again at any time, on any number of devices.
+
+  Args:
+    seed: the seed of the order, 0 <= seed < 2**64.
+    view: the number of the view or epoch, from 0.
+    positions: int[batch], in [0, n).
+    n: examples in the source.
+
+  Returns:
+    int32[batch], in [0, n); once in n cases an example itself.
+
+  Raises:
+    ValueError: if a number is out of range.
+  """
+  _check_sizes(1, n)
+  _check_seed(seed)
+  if not 0 <= view < 2**63:
+    raise ValueError(f"view is {view}; it must be in [0, 2**63)")
+  # The upper half of the counter: the lower one orders the epochs.
+  return _permutation(int(seed), 2**63 + int(view), int(n))[positions]
 
 
 def epoch_of(step: int, batch_size: int, n: int) -> int:
@@ -115,6 +139,13 @@ def _integer(name: str, value: int) -> int:
     return operator.index(value)
   except TypeError:
     raise TypeError(f"{name} is {value!r}; it must be an integer") from None
+
+
+def _check_seed(seed: int) -> int:
+  seed = _integer("seed", seed)
+  if not 0 <= seed < 2**64:
+    raise ValueError(f"seed is {seed}; it must be in [0, 2**64)")
+  return seed
 
 
 def _check_sizes(batch_size: int, n: int) -> None:

@@ -1,0 +1,143 @@
+"""Frozen teachers: what pins one, and their outputs cached on disk."""
+
+from collections.abc import Callable, Mapping
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+import warnings
+
+import jax
+import numpy as np
+
+from kd_jax import files
+from kd_jax.errors import BadInput
+
+FORMAT = 1
+
+
+def digest(tree: Any) -> str:
+  """SHA-256 of a pytree: its paths, dtypes, shapes and bytes.
+
+  Args:
+    tree: arrays, for example a teacher's variables or a data set's columns.
+
+  Returns:
+    64 hexadecimal digits; one flipped bit gives others.
+
+  Example:
+    >>> digest({"w": np.zeros(2)}) == digest({"w": np.array([0.0, 0.0])})
+    True
+    >>> digest({"w": np.zeros(2)}) == digest({"v": np.zeros(2)})
+    False
+  """
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    head = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n"
+    found.update(head.encode())
+    found.update(array.tobytes())
+  return found.hexdigest()
+
+
+def cached(
+  directory: str | os.PathLike[str],
+  compute: Callable[[int], np.ndarray],
+  *,
+  views: int,
+  shape: tuple[int, int],
+  manifest: Mapping[str, Any],
+  progress: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
+  """A teacher's logits for a finite bank of views, computed once.
+
+  A directory serves one teacher, one data set and one way to make views, which
+  the manifest pins; it refuses all others. A call that was interrupted goes on
+  with the first view that is missing.
+
+  Args:
+    directory: where the bank lives; made if missing.
+    compute: `compute(view) -> float32 [n, classes]`, logits without
+      temperature. Called only for views that are not there.
+    views: how many views there are of each example.
+    shape: (n, classes).
+    manifest: all that the logits depend on: digests of teacher and data (see
+      `digest`), the seed and settings of the views, the batch size with which
+      they were computed. Plain JSON values.
+    progress: called with a line for people at each view that is computed.
+
+  Returns:
+    float32 [views, n, classes].
+
+  Raises:
+    BadInput: if the directory holds a bank with another manifest (the fields
+      are named), or something else.
+    ValueError: if `compute` returns another shape or dtype.
+  """
+  path = pathlib.Path(directory).absolute()
+  wanted = json.loads(
+    json.dumps(
+      {**manifest, "views": views, "shape": shape, "format": FORMAT},
+      sort_keys=True,
+    )
+  )
+  _claim(path, wanted)
+  bank = np.empty((views, *shape), np.float32)
+  for view in range(views):
+    logits = _read(path / f"view-{view:05d}.npy", shape)
+    if logits is None:
+      progress(f"teacher logits, view {view + 1} of {views}")
+      logits = np.asarray(compute(view))
+      if logits.shape != shape or logits.dtype != np.float32:
+        raise ValueError(
+          f"compute returned {logits.dtype}{list(logits.shape)}; it should be "
+          f"float32{list(shape)}"
+        )
+      _write(path / f"view-{view:05d}.npy", logits)
+    bank[view] = logits
+  return bank
+
+
+def _claim(path: pathlib.Path, wanted: Mapping[str, Any]) -> None:
+  """Checks the manifest, or writes it into a new directory."""
+  stored = path / "manifest.json"
+  if not stored.exists():
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+      raise BadInput(f"{path} holds no bank of teacher logits; name another")
+    path.mkdir(parents=True, exist_ok=True)
+    files.write_text(stored, json.dumps(wanted, indent=1, sort_keys=True))
+    return
+  try:
+    found = json.loads(stored.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise BadInput(f"{stored} is damaged: {error}") from None
+  changed = [
+    f"{name} is {wanted.get(name)} here and {found.get(name)} there"
+    for name in sorted({*wanted, *found})
+    if wanted.get(name) != found.get(name)
+  ]
+  if changed:
+    raise BadInput(
+      f"the teacher logits in {path} were made with other inputs: "
+      f"{'; '.join(changed)}. Name another directory"
+    )
+
+
+def _write(path: pathlib.Path, logits: np.ndarray) -> None:
+  files.write(path, lambda file: np.save(file, logits, allow_pickle=False))
+  mark = hashlib.sha256(path.read_bytes()).hexdigest()
+  files.write_text(path.with_suffix(".sha256"), mark)
+
+
+def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray | None:
+  """The logits of one view; None if they are not there or damaged."""
+  mark = path.with_suffix(".sha256")
+  if not path.exists() or not mark.exists():
+    return None
+  if hashlib.sha256(path.read_bytes()).hexdigest() != mark.read_text():
+    warnings.warn(f"{path} is damaged; it is computed anew", stacklevel=3)
+    return None
+  logits = np.load(path, allow_pickle=False)
+  assert logits.shape == shape, path  # the manifest has it
+  return logits
