@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kd_jax import losses
+from kd_jax.losses import logits as on_logits
 from tests import references
 
 
@@ -241,6 +242,165 @@ def test_smoothing_out_of_range(smoothing):
     losses.cross_entropy(student, labels, smoothing=smoothing)
   values, _ = cross_entropy(student, labels, smoothing=smoothing)
   assert np.all(np.isnan(values))
+
+
+# virtual_teacher
+
+LABELS = np.array([0, 4, 2, 2])
+virtual_teacher = {
+  form: with_grads(functools.partial(on_logits.virtual_teacher, form=form), 1)
+  for form in ("released", "paper")
+}
+both_forms = pytest.mark.parametrize("form", ["released", "paper"])
+
+
+def virtual_reference(student, labels, form, a, temperature, softness):
+  """One example at a time; `softness` is the virtual teacher's temperature."""
+  result = []
+  for z, y in zip(student, labels, strict=True):
+    classes = len(z)
+    v = np.full(classes, (1 - a) / (classes - 1))
+    v[y] = a
+    if form == "paper":
+      p = v ** (1 / softness) / (v ** (1 / softness)).sum()
+    else:
+      p = np.exp(v / softness) / np.exp(v / softness).sum()
+    log_q = references.log_softmax(z, temperature)
+    loss = temperature**2 * (p * (np.log(p) - log_q)).sum()
+    result.append(loss / classes if form == "released" else loss)
+  return np.array(result)
+
+
+@both_forms
+@pytest.mark.parametrize(
+  ("a", "temperature", "softness"),
+  [(0.99, 1.0, 20.0), (0.9, 20.0, 20.0), (0.2, 0.5, 0.7)],
+)
+def test_virtual_teacher(form, a, temperature, softness):
+  student = logits(0)
+  reference = lambda z: virtual_reference(
+    z, LABELS, form, a, temperature, softness
+  )
+  values, (grad,) = virtual_teacher[form](
+    student,
+    LABELS,
+    correct_probability=a,
+    temperature=temperature,
+    teacher_temperature=softness,
+  )
+  np.testing.assert_allclose(values, reference(student), rtol=1e-5)
+  expected = references.gradient(reference, student)
+  np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_virtual_teacher_defaults():
+  student = jnp.asarray(logits(0), jnp.bfloat16)
+  values = jax.jit(on_logits.virtual_teacher)(student, LABELS)
+  expected = virtual_reference(
+    np.float64(student), LABELS, "released", 0.99, 1.0, 20.0
+  )
+  np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def test_virtual_teacher_unsoftened_is_label_smoothing():
+  """To the virtual teacher's entropy, a constant."""
+  student, a = logits(0), 0.9
+  smoothing = (1 - a) * 5 / 4
+  values, (grad,) = virtual_teacher["paper"](
+    student,
+    LABELS,
+    correct_probability=a,
+    temperature=1.0,
+    teacher_temperature=1.0,
+  )
+  expected, (right,) = cross_entropy(student, LABELS, smoothing=smoothing)
+  entropy = -a * np.log(a) - (1 - a) * np.log((1 - a) / 4)
+  np.testing.assert_allclose(values, expected - entropy, rtol=1e-5)
+  np.testing.assert_allclose(grad, right, atol=1e-6)
+
+
+@both_forms
+def test_virtual_teacher_is_zero_where_the_student_agrees(form):
+  a, softness = 0.7, 3.0
+  v = np.where(np.arange(5) == LABELS[:, None], a, (1 - a) / 4)
+  student = np.float32(v if form == "released" else np.log(v))
+  values, (grad,) = virtual_teacher[form](
+    student,
+    LABELS,
+    correct_probability=a,
+    temperature=softness,
+    teacher_temperature=softness,
+  )
+  np.testing.assert_allclose(values, 0.0, atol=1e-9)
+  np.testing.assert_allclose(grad, 0.0, atol=1e-6)
+
+
+@both_forms
+def test_virtual_teacher_absent_classes(form):
+  student = logits(0)
+  keep = np.array([1, 0, 1, 0, 1], bool)
+  options = {
+    "correct_probability": 0.9,
+    "temperature": 2.0,
+    "teacher_temperature": 2.0,
+  }
+  values, (grad,) = virtual_teacher[form](
+    np.where(keep, student, -np.inf), LABELS, **options
+  )
+  expected = virtual_reference(
+    student[:, keep], np.array([0, 2, 1, 1]), form, 0.9, 2.0, 2.0
+  )
+  np.testing.assert_allclose(values, expected, rtol=1e-5)
+  np.testing.assert_array_equal(grad[:, ~keep], 0.0)
+  # The label itself: large, not infinite. The only class: nothing to learn.
+  student[:3] = np.where(keep, student, -np.inf)[:3]
+  student[3] = np.where(np.arange(5) == 2, 1.0, -np.inf)
+  values, (grad,) = virtual_teacher[form](
+    student, np.array([1, 1, 1, 2]), **options
+  )
+  assert np.all(np.asarray(values)[:3] > 1e4) and values[3] == 0.0
+  assert np.all(np.isfinite(grad)) and np.all(np.isfinite(values))
+
+
+@both_forms
+@pytest.mark.parametrize("scale", [30.0, 5000.0, 0.0])
+def test_virtual_teacher_harsh_students(form, scale):
+  student = logits(0, scale=scale)
+  values, (grad,) = virtual_teacher[form](
+    student,
+    LABELS,
+    correct_probability=0.99,
+    temperature=1.0,
+    teacher_temperature=20.0,
+  )
+  expected = virtual_reference(student, LABELS, form, 0.99, 1.0, 20.0)
+  np.testing.assert_allclose(values, expected, rtol=1e-5)
+  assert np.all(np.isfinite(grad))
+
+
+def test_virtual_teacher_arguments():
+  loss, student = on_logits.virtual_teacher, logits(0)
+  with pytest.raises(ValueError, match=r"form is 'mean'.*released.*paper"):
+    loss(student, LABELS, form="mean")
+  with pytest.raises(ValueError, match="correct_probability is 1.1"):
+    loss(student, LABELS, correct_probability=1.1)
+  with pytest.raises(ValueError, match=r"correct_probability is 1\.0.*log 0"):
+    loss(student, LABELS, correct_probability=1.0, form="paper")
+  with pytest.raises(ValueError, match="teacher_temperature is 0"):
+    loss(student, LABELS, teacher_temperature=0)
+  with pytest.raises(ValueError, match=r"labels\[1\] is 5"):
+    loss(student, np.array([0, 5, 2, 2]))
+  with pytest.raises(TypeError, match="labels has dtype float32"):
+    loss(student, LABELS.astype(np.float32))
+  for form, run in virtual_teacher.items():
+    values, _ = run(
+      student,
+      np.array([0, 5, 2, -1]),
+      correct_probability=0.9,
+      temperature=1.0,
+      teacher_temperature=20.0,
+    )
+    assert np.isnan(values).tolist() == [False, True, False, True], form
 
 
 # What all losses on logits share
