@@ -7,5 +7,9 @@ from kd_jax.models.base import (
   from_function as from_function,
   from_linen as from_linen,
 )
+from kd_jax.models.bit_resnet import BiTResNet as BiTResNet
+from kd_jax.models.create import create as create
 from kd_jax.models.dropout import Dropout as Dropout
 from kd_jax.models.mlp import MLP as MLP
+from kd_jax.models.mobilenet_v3 import MobileNetV3 as MobileNetV3
+from kd_jax.models.vit import ViT as ViT
