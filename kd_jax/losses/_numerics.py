@@ -64,9 +64,20 @@ def log_softmax_pair(
   both = p.present & q.present
   # Subtracted before any rounding: exact for logits that are nearly equal.
   # The normalisers' rounding is the same for all classes of an example, and
-  # cancels to first order in the divergences and in their gradients.
-  gap = jnp.where(both, student, 0.0) * scale - jnp.where(both, teacher, 0.0)
-  gap = (gap - (q.top * scale - p.top)) / teacher_temperature
+  # cancels to first order in the divergences and in their gradients. Logits
+  # that are far apart, since each side has its own large offset, would lose
+  # their digits so: there the offsets go first.
+  offset = q.top * scale - p.top
+  student, teacher = (
+    jnp.where(both, student, 0.0),
+    jnp.where(both, teacher, 0.0),
+  )
+  gap = jnp.where(
+    jnp.abs(offset) < 16.0,
+    student * scale - teacher - offset,
+    (student - q.top) * scale - (teacher - p.top),
+  )
+  gap = gap / teacher_temperature
   log_ratio = jnp.where(
     both, gap - (q.log_total - p.log_total), q.log_prob - p.log_prob
   )
@@ -154,7 +165,9 @@ def unit(x: jax.Array, axis: int | tuple[int, ...] = -1) -> jax.Array:
 
 def _scale(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
   """The largest absolute value, 1 for zero vectors; no gradient."""
-  scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
+  scale = lax.stop_gradient(
+    jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0)
+  )
   return jnp.where(scale == 0.0, 1.0, scale)
 
 

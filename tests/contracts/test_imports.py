@@ -16,6 +16,8 @@ LIGHT = {"jax", "numpy"}
 ALLOWED = {
   "losses": LIGHT,
   "targets": LIGHT,
+  "relate": LIGHT,
+  "banks": LIGHT,
   "reduce": LIGHT,
   "features": LIGHT | {"flax"},
   "projectors": LIGHT | {"flax"},
@@ -30,7 +32,7 @@ REST = LIGHT | {"flax", "jaxlib"}
 # Parts that may import anything else inside a function, when it is needed.
 LATE = {"data", "train", "cli", "results", "report", "export", "models"}
 # The light parts may only build on each other.
-LIGHT_PARTS = {"losses", "targets", "reduce", "errors"}
+LIGHT_PARTS = {"losses", "targets", "relate", "banks", "reduce", "errors"}
 OURS = {"kd_jax", "experiments", "configs", "tests", "benchmarks"}
 
 
