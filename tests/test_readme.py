@@ -7,7 +7,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import losses
+from kd_jax import catalogue, losses
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,21 +37,63 @@ def test_the_loss_example_runs():
   np.testing.assert_allclose(loss, short, rtol=1e-6)
 
 
-def test_every_loss_is_in_the_table():
-  listed = set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE))
+def test_the_composition_example_runs():
+  scope = {}
+  exec(compile(blocks("python")[1], "README.md", "exec"), scope)
+  rng = np.random.default_rng(0)
+  z = jnp.asarray(rng.normal(size=(3, 6, 4)), jnp.float32)
+  # Rotations and translations keep the neighbours.
+  turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+  moved = z[0] @ jnp.asarray(turn, jnp.float32) + 1.0
+  np.testing.assert_allclose(scope["neighbour_loss"](moved, z[0]), 0, atol=1e-5)
+  assert scope["neighbour_loss"](z[1], z[0]).min() > 1e-3
+  # The mean of equal members is the member.
+  same = jnp.stack([z[0], z[0]])
+  np.testing.assert_allclose(
+    scope["ensemble_loss"](z[1], same),
+    losses.kl(z[1], z[0], temperature=4.0),
+    rtol=1e-4,
+  )
+
+
+def test_the_catalogue_lists_every_loss():
+  """With its equation and paper, and just as the docstrings have them."""
+  assert catalogue.insert(TEXT) == TEXT, "run `make catalogue`"
+  rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", TEXT, re.MULTILINE))
   public = {
     name
     for name, value in vars(losses).items()
     if not name.startswith("_") and isinstance(value, types.FunctionType)
   }
-  assert listed == public
+  assert public <= rows.keys()
+  for name in public:
+    assert "`loss = " in rows[name], name
+    assert re.search(r"https://arxiv.org/abs/\d{4}\.\d{4,5}", rows[name]), name
+
+
+def test_the_catalogue_command(tmp_path, capsys):
+  file = tmp_path / "README.md"
+  file.write_text(f"above\n{catalogue.BEGIN}\nold\n{catalogue.END}\nbelow\n")
+  assert catalogue.main(["--check", str(file)]) == 1
+  assert catalogue.main(["--write", str(file)]) == 0
+  assert catalogue.main(["--check", str(file)]) == 0
+  text = file.read_text()
+  assert text.startswith("above\n") and text.endswith("below\n")
+  assert "| `kl` | Softened KL" in text and "old" not in text
+  file.write_text("no marks")
+  assert catalogue.main(["--write", str(file)]) == 2
+  assert "marks" in capsys.readouterr().err
+  assert file.read_text() == "no marks"
 
 
 def test_files_and_targets_that_are_named_exist():
   for name in re.findall(r"configs/[\w/]+\.py|experiments/\w+\.py", TEXT):
     assert (ROOT / name).is_file(), name
   for link in re.findall(r"\]\(([^):]+)\)", TEXT):
-    assert (ROOT / link).exists(), link
+    if link.startswith("#"):
+      assert f"\n## {link[1:].capitalize()}\n" in TEXT, link
+    else:
+      assert (ROOT / link).exists(), link
   makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
   for target in re.findall(r"make (demo|test|help)\b", TEXT):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -295,8 +295,6 @@ def mixup(
     TypeError: if a value is not floating point.
     ValueError: if the shapes do not fit or alpha is not positive.
   """
-  if not alpha > 0:
-    raise ValueError(f"alpha is {alpha}; it must be positive")
   batch = keys.shape[0]
   for leaf in jax.tree.leaves(values):
     if leaf.shape[:1] != keys.shape:
@@ -313,20 +311,41 @@ def mixup(
       f"partner has shape {partner.shape}, keys {keys.shape}; they must match"
     )
 
-  def draw(key: jax.Array) -> jax.Array:
-    if alpha == 1:
-      return jax.random.uniform(_draw(key, _MIXUP))
-    return jax.random.beta(_draw(key, _MIXUP), alpha, alpha)
-
-  ratio = jax.vmap(draw)(keys)
-  if same_ratio:
-    ratio = jnp.broadcast_to(ratio[0], ratio.shape)
+  ratio = mix_ratios(keys, alpha=alpha, same_ratio=same_ratio)
 
   def mix(x: jax.Array) -> jax.Array:
     r = ratio.reshape(batch, *(1,) * (x.ndim - 1)).astype(x.dtype)
     return r * x + (1 - r) * x[partner]
 
   return jax.tree.map(mix, values), ratio, partner
+
+
+def mix_ratios(
+  keys: jax.Array, *, alpha: float = 1.0, same_ratio: bool = False
+) -> jax.Array:
+  """How much of each example `mixup` keeps, r ~ Beta(alpha, alpha).
+
+  Args:
+    keys: keys[batch], from `keys`.
+    alpha: the concentration, a positive number; 1 is U[0, 1].
+    same_ratio: one r for the whole batch, that of the first example's key.
+
+  Returns:
+    float32[batch].
+
+  Raises:
+    ValueError: if alpha is not positive.
+  """
+  if not alpha > 0:
+    raise ValueError(f"alpha is {alpha}; it must be positive")
+
+  def draw(key: jax.Array) -> jax.Array:
+    if alpha == 1:
+      return jax.random.uniform(_draw(key, _MIXUP))
+    return jax.random.beta(_draw(key, _MIXUP), alpha, alpha)
+
+  ratio = jax.vmap(draw)(keys)
+  return jnp.broadcast_to(ratio[0], ratio.shape) if same_ratio else ratio
 
 
 def _draw(key: jax.Array, kind: int) -> jax.Array:

@@ -66,7 +66,7 @@ def log_mixture(
 
 
 def difference(softened: numerics.LogPair, axis: int) -> jax.Array:
-  """q - p, with all its digits also where the two are nearly equal."""
+  """The change q - p, with its digits kept where the two are nearly equal."""
   log_p, log_q, log_ratio = softened
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   near = jnp.abs(log_ratio) < 1.0

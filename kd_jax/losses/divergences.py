@@ -8,10 +8,15 @@ they lead to what is left of the teacher.
 """
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd_jax.losses import _checks as checks, _numerics as numerics
+from kd_jax.losses import (
+  _checks as checks,
+  _numerics as numerics,
+  _softened as softened,
+)
 
 
 def kl(
@@ -61,17 +66,16 @@ def kl(
   Reference: Hinton et al. 2015, arXiv:1503.02531, Sec. 2; for two
   temperatures, Rusu et al. 2015, arXiv:1511.06295, Sec. 3.2.
   """
-  student, teacher, where = checks.logit_pair(
-    student_logits, teacher_logits, axis=axis, where=where
-  )
-  temperature, teacher_temperature = _temperatures(
-    temperature, teacher_temperature
-  )
-  log_p, log_q, log_ratio = numerics.log_softmax_pair(
-    student, teacher, temperature, teacher_temperature, axis
+  (log_p, log_q, log_ratio), scale, where = softened.pair(
+    student_logits,
+    teacher_logits,
+    temperature=temperature,
+    teacher_temperature=teacher_temperature,
+    axis=axis,
+    where=where,
   )
   terms = numerics.excess(jnp.exp(log_p), jnp.exp(log_q), log_ratio)
-  return checks.masked(temperature**2 * terms.sum(axis), where)
+  return checks.masked(scale * terms.sum(axis), where)
 
 
 def reverse_kl(
@@ -119,17 +123,16 @@ def reverse_kl(
 
   Reference: Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Sec. 2.1.
   """
-  student, teacher, where = checks.logit_pair(
-    student_logits, teacher_logits, axis=axis, where=where
-  )
-  temperature, teacher_temperature = _temperatures(
-    temperature, teacher_temperature
-  )
-  log_p, log_q, log_ratio = numerics.log_softmax_pair(
-    student, teacher, temperature, teacher_temperature, axis
+  (log_p, log_q, log_ratio), scale, where = softened.pair(
+    student_logits,
+    teacher_logits,
+    temperature=temperature,
+    teacher_temperature=teacher_temperature,
+    axis=axis,
+    where=where,
   )
   terms = numerics.excess(jnp.exp(log_q), jnp.exp(log_p), -log_ratio)
-  return checks.masked(temperature**2 * terms.sum(axis), where)
+  return checks.masked(scale * terms.sum(axis), where)
 
 
 def jsd(
@@ -184,40 +187,85 @@ def jsd(
 
   Reference: Agarwal et al. 2024 (GKD), arXiv:2306.13649, Sec. 2.
   """
-  student, teacher, where = checks.logit_pair(
-    student_logits, teacher_logits, axis=axis, where=where
-  )
   beta = checks.open_fraction(
     "beta", beta, "the ends are kl, beta -> 0, and reverse_kl, beta -> 1"
   )
-  temperature, teacher_temperature = _temperatures(
-    temperature, teacher_temperature
-  )
-  log_p, log_q, log_ratio = numerics.log_softmax_pair(
-    student, teacher, temperature, teacher_temperature, axis
+  (log_p, log_q, log_ratio), scale, where = softened.pair(
+    student_logits,
+    teacher_logits,
+    temperature=temperature,
+    teacher_temperature=teacher_temperature,
+    axis=axis,
+    where=where,
   )
   p, q = jnp.exp(log_p), jnp.exp(log_q)
-  m = beta * p + (1.0 - beta) * q
-  # log(m / p) and log(m / q): from the ratio where it is small, so that it
-  # keeps its digits, and from the logarithms where exp of it may overflow.
-  near = jnp.abs(log_ratio) < 1.0
-  d = jnp.where(near, log_ratio, 0.0)
-  log_m = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)
-  log_m_p = jnp.where(
-    near, jnp.log1p((1.0 - beta) * jnp.expm1(d)), log_m - log_p
+  weights = beta, 1.0 - beta
+  m = weights[0] * p + weights[1] * q
+  log_m_p = softened.log_mixture(log_p, log_q, log_ratio, *weights)
+  log_m_q = softened.log_mixture(log_q, log_p, -log_ratio, *weights[::-1])
+  terms = weights[0] * numerics.excess(p, m, log_m_p)
+  terms += weights[1] * numerics.excess(q, m, log_m_q)
+  return checks.masked(scale * terms.sum(axis), where)
+
+
+def total_variation(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  *,
+  temperature: ArrayLike = 1.0,
+  teacher_temperature: ArrayLike | None = None,
+  axis: int = -1,
+  where: ArrayLike | None = None,
+) -> jax.Array:
+  """Total variation distance of student and teacher.
+
+    loss = T^2 1/2 sum_c |p(c) - q(c)|
+    p = softmax(teacher_logits / T_t),   q = softmax(student_logits / T)
+
+  Symmetric, and bounded by T^2: the largest difference in the probability that
+  the two give to any set of classes. A metric, not a divergence: near equality
+  it is of first order in the difference, the others of second, so its gradient
+  keeps its size up to equality, where it jumps to 0. By Pinsker's inequality
+  it is at most sqrt(kl / 2) for T = 1.
+
+  The paper sums it over the steps of sampled sequences; this is one step. T^2
+  is ours, as in `kl`, so that one rule holds for all; as the value is of first
+  order, T would have kept the gradient's size.
+
+  Args:
+    student_logits: [..., classes] any float dtype, classes along `axis`.
+    teacher_logits: the same shape. Gradients flow into it as well.
+    temperature: scalar T > 0, may be traced.
+    teacher_temperature: scalar T_t > 0, may be traced; None: T.
+    axis: the class axis.
+    where: [...] bool; entries that are False are 0 and get no gradient.
+
+  Returns:
+    [...] float32, one value per example, from 0 to T^2. NaN if a traced
+    temperature is not positive and finite.
+
+  Raises:
+    ValueError: if the shapes differ, or a temperature is not positive.
+    TypeError: if the logits are not floating point, or `where` not boolean.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> student = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+    >>> teacher = jnp.log(jnp.array([[0.2, 0.6, 0.2]]))
+    >>> print([f"{x:.2f}" for x in total_variation(student, teacher)])
+    ['0.35']
+
+  Reference: Wen et al. 2023 (f-distill), arXiv:2307.15190, Sec. 2.
+  """
+  log_pair, scale, where = softened.pair(
+    student_logits,
+    teacher_logits,
+    temperature=temperature,
+    teacher_temperature=teacher_temperature,
+    axis=axis,
+    where=where,
   )
-  log_m_q = jnp.where(near, jnp.log1p(beta * jnp.expm1(-d)), log_m - log_q)
-  terms = beta * numerics.excess(p, m, log_m_p)
-  terms += (1.0 - beta) * numerics.excess(q, m, log_m_q)
-  return checks.masked(temperature**2 * terms.sum(axis), where)
-
-
-def _temperatures(
-  temperature: ArrayLike, teacher_temperature: ArrayLike | None
-) -> tuple[jax.Array, jax.Array | None]:
-  temperature = checks.positive("temperature", temperature)
-  if teacher_temperature is not None:
-    teacher_temperature = checks.positive(
-      "teacher_temperature", teacher_temperature
-    )
-  return temperature, teacher_temperature
+  change = softened.difference(log_pair, axis)
+  # Not abs, whose gradient at 0 is 1.
+  distance = (change * lax.stop_gradient(jnp.sign(change))).sum(axis) / 2.0
+  return checks.masked(scale * distance, where)

@@ -4,7 +4,10 @@ from kd_jax.train.checkpoint import (
   CheckpointError as CheckpointError,
   Checkpoints as Checkpoints,
 )
-from kd_jax.train.classifier import Classifier as Classifier
+from kd_jax.train.classifier import (
+  Classifier as Classifier,
+  view_key as view_key,
+)
 from kd_jax.train.loop import fit as fit
 from kd_jax.train.parallel import (
   check_divides as check_divides,

@@ -19,6 +19,11 @@ from kd_jax.train.step import LossFn, gather_batch, index_batches, make_step
 Variables = dict[str, Any]
 
 
+def view_key(seed: int) -> jax.Array:
+  """The key of the random views of a run with this seed."""
+  return jax.random.fold_in(jax.random.key(seed), 2)
+
+
 class Classifier:
   """A model in the role `model`, trained on data that lives on the device.
 
@@ -40,6 +45,7 @@ class Classifier:
     how: str = "jit",
     devices: Sequence[jax.Device] | None = None,
     steps_per_call: int = 1,
+    clip_norm: float | None = None,
   ):
     """Makes the step.
 
@@ -52,11 +58,12 @@ class Classifier:
       how: "jit" or "pmap".
       devices: see `compile`.
       steps_per_call: see `compile`.
+      clip_norm: see `make_step`.
     """
     self.model = model
     self.preprocess = preprocess
     self.optimizer = optimizer
-    step = gather_batch(make_step(loss_fn, optimizer))
+    step = gather_batch(make_step(loss_fn, optimizer, clip_norm=clip_norm))
     self.runner = compile(
       step, how=how, devices=devices, steps_per_call=steps_per_call
     )
@@ -82,6 +89,8 @@ class Classifier:
     batch_size: int,
     num_steps: int,
     workdir: str | os.PathLike[str] | None = None,
+    views: int | None = None,
+    partners: bool = False,
     **loop: Any,
   ) -> Variables:
     """Trains from scratch, or from where `workdir` was left.
@@ -94,6 +103,8 @@ class Classifier:
       batch_size: examples a step, over all devices.
       num_steps: how many updates.
       workdir: the stage's directory.
+      views: see `index_batches`.
+      partners: see `index_batches`.
       **loop: further arguments of `train.fit`.
 
     Returns:
@@ -122,8 +133,14 @@ class Classifier:
     state = fit(
       self.runner,
       state,
-      {**frozen, "view_key": jax.random.fold_in(key, 2)},
-      index_batches(seed, batch_size, len(frozen["data"]["id"])),
+      {**frozen, "view_key": view_key(seed)},
+      index_batches(
+        seed,
+        batch_size,
+        len(frozen["data"]["id"]),
+        views=views,
+        partners=partners,
+      ),
       num_steps=num_steps,
       workdir=workdir,
       evaluate=scores,

@@ -104,6 +104,7 @@ class Study:
     kind: str,
     seed: int,
     settings: Mapping[str, Any],
+    **batches: Any,
   ) -> tuple[Variables, np.ndarray]:
     """Trains one network with one seed.
 
@@ -115,6 +116,7 @@ class Study:
       kind: the network's title in the table of costs.
       seed: see `Classifier.fit`.
       settings: has `steps` and `batch_size`.
+      **batches: `views` and `partners` of `Classifier.fit`.
 
     Returns:
       (its variables after the last step, its logits for the test set).
@@ -131,6 +133,7 @@ class Study:
       workdir=workdir,
       title=label,
       **self._periods,
+      **batches,
     )
     images = self._test["image"]
     if kind not in self.costs:
