@@ -19,7 +19,7 @@ from kd_jax import reduce
 from kd_jax.data import order
 from kd_jax.train.state import TrainState
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
 

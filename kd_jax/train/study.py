@@ -92,7 +92,8 @@ class Study:
     self.board = Scoreboard(test["label"])
     self.stages = Stages(path, total)
     self.costs: dict[str, dict[str, Any]] = {}
-    self._test, self._periods = test, periods
+    self._test = test
+    self._periods: dict[str, Any] = dict(periods)
 
   def train(
     self,
