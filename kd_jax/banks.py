@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from kd_jax.losses import _indices as indices, _numerics as numerics
+from kd_jax.losses import _checks as checks, _numerics as numerics
 
 
 class CRDBank(NamedTuple):
@@ -123,7 +123,7 @@ def crd_negatives(
     raise ValueError(
       f"index has shape {jnp.shape(index)}; it should be [batch]"
     )
-  index, _ = indices.rows("index", index, n_data, f"n_data is {n_data}")
+  index, _ = checks.rows("index", index, n_data, f"n_data is {n_data}")
   if labels is None:
     # In order of class, an example's class starts at its own place.
     order, first, size = None, index, jnp.ones_like(index)

@@ -30,7 +30,6 @@ from jax.typing import ArrayLike
 
 from kd_jax.losses import (
   _checks as checks,
-  _indices as indices,
   _numerics as numerics,
 )
 
@@ -220,7 +219,7 @@ def segment_softmax(
       f"segment_ids has shape {jnp.shape(segment_ids)} and scores has shape "
       f"{scores.shape}; they should be [edges] and [edges, ...]"
     )
-  ids, known = indices.rows(
+  ids, known = checks.rows(
     "segment_ids", segment_ids, num_segments, f"num_segments is {num_segments}"
   )
   here = numerics.present(scores)

@@ -1,8 +1,7 @@
 """Arguments that several losses on logits share."""
 
-import math
-
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -52,11 +51,20 @@ def temperatures(
   return student, checks.positive("teacher_temperature", teacher_temperature)
 
 
-def weight(name: str, value: ArrayLike) -> jax.Array:
-  """A float32 scalar that is finite and not negative."""
-  return checks._scalar(
-    name,
-    value,
-    lambda v: (v >= 0.0) & (v < math.inf),
-    "a finite number, 0 or more",
-  )
+def label_first(logits: jax.Array, is_true: jax.Array, axis: int) -> jax.Array:
+  """The same values, dealt out anew: the true class gets the largest.
+
+  The classes that were above it go down by one place.
+  """
+  order = descending(logits, is_true, axis)
+  rank = jnp.argsort(order, axis)
+  true_rank = jnp.sum(jnp.where(is_true, rank, 0), axis, keepdims=True)
+  new_rank = jnp.where(is_true, 0, rank + (rank < true_rank))
+  source = jnp.take_along_axis(order, new_rank, axis)
+  return jnp.take_along_axis(logits, source, axis)
+
+
+def descending(logits: jax.Array, is_true: jax.Array, axis: int) -> jax.Array:
+  """The classes by falling logit; among equals the true one comes first."""
+  # lexsort takes its last key first, and keeps the order of what is equal.
+  return jnp.lexsort((~is_true, -lax.stop_gradient(logits)), axis)

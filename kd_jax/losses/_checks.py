@@ -200,42 +200,88 @@ def open_fraction(name: str, value: ArrayLike, why: str) -> jax.Array:
   )
 
 
+def weight(name: str, value: ArrayLike) -> jax.Array:
+  """A float32 scalar that is finite and not negative."""
+  return _scalar(
+    name,
+    value,
+    lambda v: (v >= 0.0) & (v < math.inf),
+    "a finite number, 0 or more",
+  )
+
+
+def finite(name: str, value: ArrayLike) -> jax.Array:
+  """A float32 scalar that is neither infinite nor NaN."""
+  return _scalar(name, value, lambda v: abs(v) < math.inf, "a finite number")
+
+
+def choice(name: str, value: str, *options: str) -> None:
+  """ValueError unless a word is one of the options."""
+  if value not in options:
+    wanted = " or ".join(
+      filter(
+        None, [", ".join(f'"{x}"' for x in options[:-1]), f'"{options[-1]}"']
+      )
+    )
+    raise ValueError(f"{name} is {value!r}; it should be {wanted}")
+
+
 def class_labels(
   labels: ArrayLike, classes: int, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """Checks class numbers where they can be seen, flags them where not.
+  """Checks class numbers, see `rows`."""
+  reason = f"there are {classes} classes (leave padding out with where)"
+  return rows("labels", labels, classes, reason, where)
+
+
+def rows(
+  name: str,
+  numbers: ArrayLike,
+  size: int,
+  reason: str,
+  where: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Checks row numbers where they can be seen, flags them where not.
 
   Args:
-    labels: [...] integers.
-    classes: how many classes there are.
-    where: [...] bool or None; a masked label may be anything.
+    name: the argument's name.
+    numbers: [..., more] integers, the shape of `where` and perhaps more axes.
+    size: how many rows there are.
+    reason: why the numbers should be below `size`, for the message.
+    where: [...] bool or None; masked numbers may be anything.
 
   Returns:
-    ([...] int32 labels, all of them usable as an index; [...] float32, 1 where
-    the label is a class and NaN where not, to multiply the loss by).
+    (int32 of the same shape, all of them usable as an index; the same shape,
+    float32, 1 where the number is a row and NaN where not).
 
   Raises:
-    ValueError: if a label that is not traced is no class.
+    TypeError: if the numbers are not integers.
+    ValueError: if a number that is not traced names no row.
   """
-  if _is_known(labels) and (where is None or _is_known(where)):
-    # In NumPy, so that 64-bit labels are compared before they are cut to 32.
-    numbers = np.asarray(labels)
-    wrong = (numbers < 0) | (numbers >= classes)
+  dtype = jnp.result_type(numbers)
+  if not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f"{name} has dtype {dtype}; it should be integer")
+  if where is not None:
+    more = jnp.ndim(numbers) - where.ndim
+    where = where.reshape(where.shape + (1,) * more)
+  if is_known(numbers) and (where is None or is_known(where)):
+    # In NumPy, so that 64-bit numbers are compared before they are cut to 32.
+    seen = np.asarray(numbers)
+    wrong = (seen < 0) | (seen >= size)
     if where is not None:
       wrong &= np.asarray(where)
     if wrong.any():
       index = np.unravel_index(np.argmax(wrong), wrong.shape)
       place = f"[{', '.join(str(i) for i in index)}]" if index else ""
       raise ValueError(
-        f"labels{place} is {numbers[index]}; it should be from 0 to "
-        f"{classes - 1}, as there are {classes} classes (leave padding out "
-        "with where)"
+        f"{name}{place} is {seen[index]}; it should be from 0 to {size - 1}, "
+        f"as {reason}"
       )
-  labels = jnp.asarray(labels).astype(jnp.int32)
+  numbers = jnp.asarray(numbers).astype(jnp.int32)
   if where is not None:
-    labels = jnp.where(where, labels, 0)
-  known = (labels >= 0) & (labels < classes)
-  return jnp.where(known, labels, 0), jnp.where(known, 1.0, jnp.nan)
+    numbers = jnp.where(where, numbers, 0)
+  known = (numbers >= 0) & (numbers < size)
+  return jnp.where(known, numbers, 0), jnp.where(known, 1.0, jnp.nan)
 
 
 def _float(name: str, array: ArrayLike) -> jax.Array:
@@ -259,7 +305,7 @@ def _scalar(
       f"{name} has shape {np.shape(value)}; it should be a scalar (for one "
       "value per example, use jax.vmap)"
     )
-  if not _is_known(value):
+  if not is_known(value):
     value = jnp.asarray(value, jnp.float32)
     return jnp.where(fits(value), value, jnp.nan)
   # As it will be used: 1e-60 is 0 in float32.
@@ -270,7 +316,7 @@ def _scalar(
   return jnp.asarray(number)
 
 
-def _is_known(value: Any) -> bool:
+def is_known(value: Any) -> bool:
   """Whether the values can be looked at now, on this host."""
   if isinstance(value, jax.core.Tracer):
     return False

@@ -48,11 +48,5 @@ def at_least_one(count: jax.Array) -> jax.Array:
   return jnp.maximum(count, 1.0)
 
 
-def check_form(form: str) -> None:
-  """ValueError if the form is neither the code's nor the paper's."""
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
-
-
 def _flat(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -77,3 +77,22 @@ def difference(softened: numerics.LogPair, axis: int) -> jax.Array:
   # shows as a sum that is not 0.
   surplus = lax.stop_gradient(jnp.sum(change, axis, keepdims=True))
   return jnp.where(near, change - p * surplus, change)
+
+
+def mean_slope(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """log(1 + weight (exp(x) - 1)) / x for |x| < 1; `weight` at 0."""
+  small = jnp.abs(x) < 0.125
+  y = jnp.where(small, x, 0.0)
+  # Both factors by their Taylor series, (exp(y) - 1) / y and then
+  # log(1 + u) / u, so that the derivatives come out right as well.
+  slope = jnp.ones_like(y)
+  for k in range(7, 1, -1):
+    slope = 1.0 + slope * y / k
+  u = weight * y * slope
+  log_slope = jnp.zeros_like(y)
+  for k in range(10, 0, -1):
+    log_slope = 1.0 / k - u * log_slope
+  x = jnp.where(small, 1.0, x)
+  return jnp.where(
+    small, weight * slope * log_slope, jnp.log1p(weight * jnp.expm1(x)) / x
+  )

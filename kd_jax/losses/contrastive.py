@@ -16,7 +16,6 @@ from kd_jax.losses import (
   _batch as batch,
   _checks as checks,
   _embeddings as embeddings,
-  _indices as indices,
   _numerics as numerics,
 )
 
@@ -102,7 +101,7 @@ def crd(
 
   Reference: Tian et al. 2020 (CRD), arXiv:1910.10699, Sec. 3.1.
   """
-  embeddings.check_form(form)
+  checks.choice("form", form, "released", "paper")
   temperature = checks.positive("temperature", temperature)
   momentum = checks.fraction("momentum", momentum)
   (student, teacher), where = checks.examples(
@@ -116,8 +115,8 @@ def crd(
   _check_shapes(student, bank, index, negatives)
   n_data = bank.student.shape[0]
   reason = f"the bank has {n_data} rows"
-  index, index_known = indices.rows("index", index, n_data, reason, where)
-  negatives, negatives_known = indices.rows(
+  index, index_known = checks.rows("index", index, n_data, reason, where)
+  negatives, negatives_known = checks.rows(
     "negatives", negatives, n_data, reason, where
   )
   candidates = jnp.concatenate([index[:, None], negatives], axis=1)

@@ -79,8 +79,8 @@ def dkd(
   temperature, teacher_temperature = arguments.temperatures(
     temperature, teacher_temperature
   )
-  target_weight = arguments.weight("target_weight", target_weight)
-  nontarget_weight = arguments.weight("nontarget_weight", nontarget_weight)
+  target_weight = checks.weight("target_weight", target_weight)
+  nontarget_weight = checks.weight("nontarget_weight", nontarget_weight)
   every = numerics.log_softmax_pair(
     student, teacher, temperature, teacher_temperature, axis
   )
@@ -163,7 +163,7 @@ def nkd(
   temperature, teacher_temperature = arguments.temperatures(
     temperature, teacher_temperature
   )
-  gamma = arguments.weight("gamma", gamma)
+  gamma = checks.weight("gamma", gamma)
   soft_label = jnp.exp(numerics.log_softmax(teacher, 1.0, axis))
   target = jnp.where(
     is_true, soft_label * numerics.log_softmax(student, 1.0, axis), 0.0

@@ -161,7 +161,7 @@ def gaussian_wasserstein(
   Reference: Bhatia et al. 2017, arXiv:1712.01504, Sec. 1, for the distance; as
   a distillation loss, Montesuma 2025 (KD2M), arXiv:2504.01757.
   """
-  embeddings.check_form(form)
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = embeddings.pair(
     student_embeddings, teacher_embeddings, where, same=True
   )

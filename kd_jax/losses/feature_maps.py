@@ -62,8 +62,7 @@ def attention_transfer(
   """
   if not isinstance(p, int) or p < 1:
     raise ValueError(f"p is {p!r}; it should be an integer of at least 1")
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = _maps(student_features, teacher_features, where)
   gap = _attention(student, p) - _attention(teacher, p)
   if form == "released":
@@ -178,8 +177,7 @@ def fsp(
   Reference: Yim et al. 2017, A Gift from Knowledge Distillation (CVPR), Sec.
   3.2 to 4; summarised in Gou et al. 2020, arXiv:2006.05525, Sec. 2.3.
   """
-  if form not in ("paper", "mean"):
-    raise ValueError(f'form is {form!r}; it should be "paper" or "mean"')
+  checks.choice("form", form, "paper", "mean")
   named: dict[str, ArrayLike] = {}
   pairs = {"student_pair": student_pair, "teacher_pair": teacher_pair}
   for name, pair in pairs.items():

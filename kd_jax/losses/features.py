@@ -49,8 +49,7 @@ def hint(
 
   Reference: Romero et al. 2015 (FitNets), arXiv:1412.6550, Sec. 2.2.
   """
-  if form not in ("mean", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "mean" or "paper"')
+  checks.choice("form", form, "mean", "paper")
   (student, teacher), where = checks.examples(
     where,
     "[batch, ...]",
@@ -159,8 +158,7 @@ def patient_hidden(
 
   Reference: Sun et al. 2019 (PKD), arXiv:1908.09355, Sec. 3.2.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   (student, teacher), where = checks.examples(
     where,
     "[batch, ...]",
@@ -216,8 +214,7 @@ def factor_transfer(
   """
   if p not in (1, 2):
     raise ValueError(f"p is {p!r}; it should be 1 or 2")
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   (student, teacher), where = checks.examples(
     where,
     "[batch, ...]",
@@ -280,8 +277,7 @@ def vid(
   Reference: Ahn et al. 2019 (VID), arXiv:1904.05835, Sec. 2; the authors' code
   as RepDistiller has it.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   (mean, teacher), where = checks.examples(
     where,
     "[batch, ...]",

@@ -194,7 +194,7 @@ def _columns(
       f"{head_s.shape}; it should be {head_s.shape[1:]}"
     )
   columns = head_t.shape[1]
-  if checks._is_known(index):
+  if checks.is_known(index):
     numbers = np.asarray(index)
     wrong = numbers[(numbers < -1) | (numbers >= columns)]
     if wrong.size:

@@ -54,8 +54,7 @@ def logit_mse(
   Reference: Ba and Caruana 2014, arXiv:1312.6184, Sec. 2.2; after Bucila,
   Caruana and Niculescu-Mizil 2006, Model Compression (KDD).
   """
-  if form not in ("paper", "mean"):
-    raise ValueError(f'form is {form!r}; it should be "paper" or "mean"')
+  checks.choice("form", form, "paper", "mean")
   student, teacher, where = checks.logit_pair(
     student_logits, teacher_logits, axis=axis, where=where
   )
@@ -222,8 +221,7 @@ def virtual_teacher(
 
   Reference: Yuan et al. 2020 (Tf-KD), arXiv:1909.11723, Sec. 4.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   (student,) = checks.floats(student_logits=student_logits)
   shape = checks.example_shape("student_logits", student, axis)
   where = checks.valid(where, shape)

@@ -5,8 +5,6 @@ mixture, which has mass wherever one of the two has; otherwise log 0 is taken
 as -1e5, as for `kl`.
 """
 
-import math
-
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -207,9 +205,7 @@ def alpha_mixture_kl(
 
   Reference: Shin et al. 2025 (AMiD), arXiv:2510.15982, Sec. 3.
   """
-  order = checks._scalar(
-    "order", order, lambda v: abs(v) < math.inf, "a finite number"
-  )
+  order = checks.finite("order", order)
   mixing = checks.open_fraction(
     "mixing", mixing, "as it tends to 0 this is kl, and at 1 it would be 0"
   )
@@ -222,16 +218,18 @@ def alpha_mixture_kl(
     where=where,
   )
   log_p, log_q, log_ratio = log_pair
-  # log(r Z) by the logarithms; and where p^s and q^s are close, since the
-  # classes or the power make them so, by the ratio. That holds the geometric
-  # mean, s = 0, and passes it smoothly.
+  # log(r Z) by the logarithms; but by the ratio where p^s and q^s are close,
+  # since p and q are or since s is small. That holds at s = 0 as well, the
+  # geometric mean, and passes it smoothly.
   power = (1.0 - order) / 2.0
   gap = power * log_ratio
   near = jnp.abs(gap) < 1.0
   mean = jnp.logaddexp(
     jnp.log(mixing) + power * log_p, jnp.log1p(-mixing) + power * log_q
   ) / jnp.where(power == 0.0, 1.0, power)
-  shift = log_ratio * _mean_slope(jnp.where(near, gap, 0.0), 1.0 - mixing)
+  shift = log_ratio * softened.mean_slope(
+    jnp.where(near, gap, 0.0), 1.0 - mixing
+  )
   log_mean = jnp.where(near, log_p + shift, mean)
   present = softened.present(log_pair)
   sum_exp = lambda x: jax.nn.logsumexp(
@@ -307,8 +305,7 @@ def adaptive_kl(
 
   Reference: Wu et al. 2024 (AKL), arXiv:2404.02657, Sec. 4.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   head_mass = checks.open_fraction(
     "head_mass", head_mass, "head and tail should both hold classes"
   )
@@ -351,22 +348,3 @@ def _skewed(
   mixture = skew * p + (1.0 - skew) * q
   log_m_p = softened.log_mixture(log_p, log_q, log_ratio, skew, 1.0 - skew)
   return numerics.excess(p, mixture, log_m_p)
-
-
-def _mean_slope(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """log(1 + weight (exp(x) - 1)) / x for |x| < 1; `weight` at 0."""
-  small = jnp.abs(x) < 0.125
-  y = jnp.where(small, x, 0.0)
-  # Both factors by their Taylor series, (exp(y) - 1) / y and then
-  # log(1 + u) / u, so that the derivatives come out right as well.
-  slope = jnp.ones_like(y)
-  for k in range(7, 1, -1):
-    slope = 1.0 + slope * y / k
-  u = weight * y * slope
-  log_slope = jnp.zeros_like(y)
-  for k in range(10, 0, -1):
-    log_slope = 1.0 / k - u * log_slope
-  x = jnp.where(small, 1.0, x)
-  return jnp.where(
-    small, weight * slope * log_slope, jnp.log1p(weight * jnp.expm1(x)) / x
-  )

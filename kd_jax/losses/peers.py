@@ -63,8 +63,7 @@ def mutual_kl(
 
   Reference: Zhang et al. 2017 (DML), arXiv:1706.00384, Sec. 2.3.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   student, teacher = checks.floats(
     student_logits=student_logits, teacher_logits=teacher_logits
   )

@@ -79,7 +79,9 @@ def plackett_luce(
     "teacher_temperature", teacher_temperature
   )
   # Moves the true class to the front by its key, not by its logit.
-  order = _descending(jnp.where(is_true, jnp.inf, teacher), is_true, axis)
+  order = arguments.descending(
+    jnp.where(is_true, jnp.inf, teacher), is_true, axis
+  )
   p = jnp.exp(numerics.log_softmax(teacher, teacher_temperature, axis))
   # Only differences of the student's logits count; absent ones are finite.
   log_q = numerics.log_softmax(student, 1.0, axis)
@@ -147,24 +149,12 @@ def sorted_kl(
     student_logits, teacher_logits, axis=axis, where=where
   )
   is_true, known = arguments.true_class(labels, student, axis, where)
-  order = _descending(teacher, is_true, axis)
-  rank = jnp.argsort(order, axis)
-  true_rank = jnp.sum(jnp.where(is_true, rank, 0), axis, keepdims=True)
-  # The classes above the true one move down by a place.
-  new_rank = jnp.where(is_true, 0, rank + (rank < true_rank))
-  source = jnp.take_along_axis(order, new_rank, axis)
   loss = divergences.kl(
     student,
-    jnp.take_along_axis(teacher, source, axis),
+    arguments.label_first(teacher, is_true, axis),
     temperature=temperature,
     teacher_temperature=teacher_temperature,
     axis=axis,
     where=where,
   )
   return loss * known
-
-
-def _descending(logits: jax.Array, is_true: jax.Array, axis: int) -> jax.Array:
-  """The classes by falling logit; among equals the true one comes first."""
-  # lexsort takes its last key first, and keeps the order of what is equal.
-  return jnp.lexsort((~is_true, -lax.stop_gradient(logits)), axis)

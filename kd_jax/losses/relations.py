@@ -68,7 +68,7 @@ def rkd_distance(
 
   Reference: Park et al. 2019 (RKD), arXiv:1904.05068, Sec. 3.2.1.
   """
-  embeddings.check_form(form)
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = embeddings.pair(
     student_embeddings, teacher_embeddings, where
   )
@@ -139,7 +139,7 @@ def rkd_angle(
 
   Reference: Park et al. 2019 (RKD), arXiv:1904.05068, Sec. 3.2.2.
   """
-  embeddings.check_form(form)
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = embeddings.pair(
     student_embeddings, teacher_embeddings, where
   )

@@ -76,7 +76,7 @@ def standardized_kl(
 
   Reference: Sun et al. 2024, arXiv:2403.01427, Sec. 4.3.
   """
-  _check_form(form)
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = checks.logit_pair(
     student_logits, teacher_logits, axis=axis, where=where
   )
@@ -158,15 +158,15 @@ def dist(
 
   Reference: Huang et al. 2022 (DIST), arXiv:2205.10536, Sec. 3.
   """
-  _check_form(form)
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = checks.logit_pair(
     student_logits, teacher_logits, axis=axis, where=where
   )
   temperature, teacher_temperature = arguments.temperatures(
     temperature, teacher_temperature
   )
-  inter_weight = arguments.weight("inter_weight", inter_weight)
-  intra_weight = arguments.weight("intra_weight", intra_weight)
+  inter_weight = checks.weight("inter_weight", inter_weight)
+  intra_weight = checks.weight("intra_weight", intra_weight)
   shape = checks.example_shape("student_logits", student, axis)
   # One example a row.
   student, teacher = (
@@ -185,11 +185,6 @@ def dist(
   intra = jnp.sum(jnp.where(exists, intra, 0.0)) / jnp.maximum(exists.sum(), 1)
   loss = inter_weight * inter.reshape(shape) + intra_weight * intra
   return checks.masked(temperature**2 * loss, where)
-
-
-def _check_form(form: str) -> None:
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
 
 
 def _standardized(logits: jax.Array, form: str, axis: int) -> jax.Array:

@@ -73,16 +73,10 @@ def concrete_score(
 
   Reference: Kim et al. 2025 (CSD), arXiv:2509.25837, Eq. 8.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
-  for name, choice in (
-    ("weights", weights),
-    ("partner_weights", partner_weights),
-  ):
-    if choice not in ("student", "teacher", "uniform"):
-      raise ValueError(
-        f'{name} is {choice!r}; it should be "student", "teacher" or "uniform"'
-      )
+  checks.choice("form", form, "released", "paper")
+  sides = ("student", "teacher", "uniform")
+  checks.choice("weights", weights, *sides)
+  checks.choice("partner_weights", partner_weights, *sides)
   log_pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,

@@ -222,9 +222,9 @@ def _check_indices(
   indices: ArrayLike, classes: int, where: jax.Array | None, distinct: bool
 ) -> None:
   """ValueError for indices that can be seen now and are wrong."""
-  if not checks._is_known(indices):
+  if not checks.is_known(indices):
     return
-  if where is not None and not checks._is_known(where):
+  if where is not None and not checks.is_known(where):
     return
   # In NumPy, so that 64-bit indices are compared before they are cut to 32.
   numbers = np.asarray(indices)

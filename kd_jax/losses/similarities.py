@@ -134,8 +134,7 @@ def correlation_congruence(
   gamma = checks.positive("gamma", gamma)
   if order < 1:
     raise ValueError(f"order is {order}; it should be at least 1")
-  if kernel not in ("rbf", "bilinear"):
-    raise ValueError(f'kernel is {kernel!r}; it should be "rbf" or "bilinear"')
+  checks.choice("kernel", kernel, "rbf", "bilinear")
   student, teacher, where = embeddings.pair(
     student_embeddings, teacher_embeddings, where
   )
@@ -203,7 +202,7 @@ def pkt(
 
   Reference: Passalis and Tefas 2018 (PKT), arXiv:1803.10837, Sec. 3.
   """
-  embeddings.check_form(form)
+  checks.choice("form", form, "released", "paper")
   student, teacher, where = embeddings.pair(
     student_embeddings, teacher_embeddings, where
   )

@@ -30,13 +30,6 @@ def logits(
   return checks.select(mask, *converted, axis=axis), mask
 
 
-def finite(name: str, value: ArrayLike) -> jax.Array:
-  """A float32 scalar that is finite; a traced one that is not becomes NaN."""
-  return checks._scalar(
-    name, value, lambda v: abs(v) < float("inf"), "a finite number"
-  )
-
-
 def count(name: str, value: Any, most: int | None = None) -> int:
   """A whole number from 1 to `most`."""
   wanted = "at least 1" if most is None else f"from 1 to {most}"
@@ -49,11 +42,6 @@ def count(name: str, value: Any, most: int | None = None) -> int:
   if number < 1 or (most is not None and number > most):
     raise ValueError(f"{name} is {number}; it should be {wanted}")
   return number
-
-
-def is_traced(*arrays: Any) -> bool:
-  """Whether a value is only known when the compiled program runs."""
-  return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def absent(target: jax.Array, here: jax.Array) -> jax.Array:

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd_jax.losses import _checks as checks, _numerics as numerics
+from kd_jax.losses import (
+  _arguments as arguments,
+  _checks as checks,
+  _numerics as numerics,
+)
 from kd_jax.targets import _inputs as inputs
 
 # exp(-this) and its inverse are still within float32.
@@ -164,8 +168,9 @@ def sort_label_first(
       may be anything.
 
   Returns:
-    [..., classes] float32, the target: the same values in another order. Equal
-    logits are taken in the order of the classes. NaN for a traced label that
+    [..., classes] float32, the target: the same values in another order. Of
+    equal logits, the label's counts as larger, then that of the smaller class
+    number. NaN for a traced label that
     is no class. A label that the teacher has no class for makes the teacher's
     last class absent instead.
 
@@ -184,15 +189,8 @@ def sort_label_first(
   """
   (teacher,), mask = inputs.logits(where, axis, teacher_logits=teacher_logits)
   index, known = _classes(labels, teacher, axis, mask)
-  index = jnp.expand_dims(index, axis)
-  order = jnp.argsort(-teacher, axis)
-  rank = jnp.argsort(order, axis)
-  label_rank = jnp.take_along_axis(rank, index, axis)
-  # The classes above the label go down by one place.
-  new_rank = rank + (rank < label_rank)
-  new_rank = jnp.where(rank == label_rank, 0, new_rank)
-  source = jnp.take_along_axis(order, new_rank, axis)
-  target = jnp.take_along_axis(teacher, source, axis)
+  is_true = jax.nn.one_hot(index, teacher.shape[axis], dtype=bool, axis=axis)
+  target = arguments.label_first(teacher, is_true, axis)
   target = inputs.absent(target, numerics.present(target))
   return jnp.where(jnp.expand_dims(known == 1.0, axis), target, jnp.nan)
 

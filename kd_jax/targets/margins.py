@@ -56,8 +56,7 @@ def ofd_margin(
 
   Reference: Heo et al. 2019, arXiv:1904.01866, Sec. 3.2.
   """
-  if form not in ("released", "paper"):
-    raise ValueError(f'form is {form!r}; it should be "released" or "paper"')
+  checks.choice("form", form, "released", "paper")
   m, s = checks.floats(mean=mean, scale=scale)
   checks.same_shape(mean=m, scale=s)
   s = jnp.abs(s)

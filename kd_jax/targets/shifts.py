@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from kd_jax.losses import (
   _checks as checks,
   _numerics as numerics,
-  mixtures,
+  _softened as softened,
 )
 from kd_jax.targets import _inputs as inputs
 
@@ -67,7 +67,7 @@ def alpha_mixture(
   (student, teacher), _ = inputs.logits(
     where, axis, student_logits=student_logits, teacher_logits=teacher_logits
   )
-  order = inputs.finite("order", order)
+  order = checks.finite("order", order)
   mixing = checks.fraction("mixing", mixing)
   temperature = checks.positive("temperature", temperature)
   log_p, log_q, log_ratio = numerics.log_softmax_pair(
@@ -78,7 +78,7 @@ def alpha_mixture(
   power = (1.0 - order) / 2.0
   gap = power * log_ratio
   near = jnp.abs(gap) < 1.0
-  slope = mixtures._mean_slope(jnp.where(near, gap, 0.0), 1.0 - mixing)
+  slope = softened.mean_slope(jnp.where(near, gap, 0.0), 1.0 - mixing)
   at_end = (mixing == 0.0) | (mixing == 1.0)
   inner = jnp.where(at_end, 0.5, mixing)
   far = jnp.logaddexp(
@@ -154,7 +154,7 @@ def delta(
   # Offsets mean nothing, but would cost digits when they are added up.
   tuned, base, start = (_centred(array, here, axis) for array in arrays)
   if jnp.shape(strength) == ():
-    strength = inputs.finite("strength", strength)
+    strength = checks.finite("strength", strength)
   else:
     (strength,) = checks.floats(strength=strength)
     shape = checks.example_shape("teacher_logits", arrays[0], axis)

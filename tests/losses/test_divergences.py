@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kd_jax import losses
-from kd_jax.losses import divergences
 from tests import references
 
 DIVERGENCES = {
@@ -504,62 +503,3 @@ def test_never_negative_and_zero_only_at_equality(
 def test_jsd_is_bounded(student, teacher):
   values, _ = value_and_grads(losses.jsd)(student, teacher, 1.0)
   assert np.all(values <= np.log(2) * (1 + 1e-6))
-
-
-# Total variation
-
-
-def test_total_variation_by_hand():
-  p = np.float32([[0.2, 0.6, 0.2], [1, 0, 0], [0.5, 0.5, 0]])
-  q = np.float32([[0.5, 0.25, 0.25], [0, 1, 0], [0.5, 0.5, 0]])
-  with np.errstate(divide="ignore"):
-    student, teacher = np.log(q), np.log(p)
-  for pair in ((student, teacher), (teacher, student)):
-    values = divergences.total_variation(*pair)
-    np.testing.assert_allclose(values, [0.35, 1, 0], rtol=1e-6)
-
-
-def test_total_variation_where_classes_are_ruled_out_is_exact():
-  student, teacher = logits(0), logits(1)
-  student[:, 0] = teacher[:, 1] = student[:, 3] = teacher[:, 3] = -np.inf
-  with np.errstate(divide="ignore"):
-    p, q = (np.exp(references.log_softmax(z)) for z in (teacher, student))
-  values, grads = value_and_grads(divergences.total_variation)(
-    student, teacher, 1.0
-  )
-  np.testing.assert_allclose(values, np.abs(p - q).sum(-1) / 2, rtol=2e-6)
-  for grad in grads:
-    assert np.all(np.isfinite(grad))
-
-
-def test_the_gradient_of_total_variation_is_of_first_order():
-  """It keeps its size up to equality, where it is 0."""
-  teacher, step = logits(0), logits(1)
-  run = value_and_grads(divergences.total_variation)
-  far, near = (run(teacher + t * step, teacher, 1.0) for t in (1e-3, 1e-4))
-  np.testing.assert_allclose(near[0], far[0] / 10, rtol=1e-2)
-  np.testing.assert_allclose(near[1][0], far[1][0], atol=2e-3)
-  assert np.all(np.abs(near[1][0]).max(-1) > 0.05)
-  for array in run(teacher, teacher, 1.0)[1]:
-    np.testing.assert_array_equal(array, 0.0)
-
-
-ordinary = hnp.arrays(np.float32, (4, 5), elements=st.floats(-50, 50, width=32))
-
-
-@given(student=ordinary, teacher=ordinary, other=ordinary)
-def test_total_variation_is_a_metric_below_pinskers_bound(
-  student, teacher, other
-):
-  distance = lambda a, b: np.asarray(
-    value_and_grads(divergences.total_variation)(a, b, 1.0)[0], np.float64
-  )
-  direct = distance(student, teacher)
-  assert np.all(direct <= 1 + 1e-6)
-  np.testing.assert_allclose(
-    direct, distance(teacher, student), rtol=2e-5, atol=1e-6
-  )
-  detour = distance(student, other) + distance(other, teacher)
-  assert np.all(direct <= detour + 1e-5)
-  divergence, _ = value_and_grads(losses.kl)(student, teacher, 1.0)
-  assert np.all(direct**2 <= divergence / 2 * (1 + 1e-4) + 1e-9)

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kd_jax.losses import divergences, mixtures, scores
 from tests import references
+from tests.losses import softened
+from tests.losses.softened import logits
 
 # The definitions, for one pair of distributions each: p is the teacher's.
 
@@ -77,15 +78,14 @@ class Case(NamedTuple):
   """A loss and its definition.
 
   Attributes:
-    loss: called with `static` and, traced, `options`.
+    loss: called with `options`.
     definition: of p and q; with `held`, also of the pair (p, q) that the
       weights are taken from, which has no part in the gradient.
   """
 
   loss: Callable[..., jax.Array]
   definition: Callable[..., float]
-  options: tuple[tuple[str, float], ...] = ()
-  static: tuple[tuple[str, Any], ...] = ()
+  options: dict[str, Any] = {}
   held: bool = False
 
   def probabilities(self, student, teacher, temperature=1.0, other=None):
@@ -124,7 +124,7 @@ def alpha(order, mixing):
   return Case(
     mixtures.alpha_mixture_kl,
     functools.partial(alpha_mixture_kl, order=order, mixing=mixing),
-    (("order", order), ("mixing", mixing)),
+    {"order": order, "mixing": mixing},
   )
 
 
@@ -133,25 +133,24 @@ CASES = {
   "skew_kl": Case(
     mixtures.skew_kl,
     lambda p, q: kl(p, 0.1 * p + 0.9 * q),
-    (("skew", 0.1),),
+    {"skew": 0.1},
   ),
   "skew_reverse_kl": Case(
     mixtures.skew_reverse_kl,
     lambda p, q: kl(q, 0.3 * q + 0.7 * p),
-    (("skew", 0.3),),
+    {"skew": 0.3},
   ),
   "alpha_mixture_0.5": alpha(0.5, 0.5),
   "alpha_mixture_1": alpha(1.0, 0.1),
   "alpha_mixture_3": alpha(3.0, 0.3),
   "alpha_mixture_-4": alpha(-4.0, 0.7),
   "adaptive_kl": Case(
-    mixtures.adaptive_kl, adaptive_kl, (("head_mass", 0.5),), held=True
+    mixtures.adaptive_kl, adaptive_kl, {"head_mass": 0.5}, held=True
   ),
   "adaptive_kl_paper": Case(
     mixtures.adaptive_kl,
     functools.partial(adaptive_kl, head_mass=0.8, form="paper"),
-    (("head_mass", 0.8),),
-    (("form", "paper"),),
+    {"head_mass": 0.8, "form": "paper"},
     held=True,
   ),
   "concrete_score": Case(scores.concrete_score, concrete_score, held=True),
@@ -160,11 +159,7 @@ CASES = {
     functools.partial(
       concrete_score, names=("teacher", "uniform"), factor=1 / 2
     ),
-    static=(
-      ("form", "paper"),
-      ("weights", "teacher"),
-      ("partner_weights", "uniform"),
-    ),
+    {"form": "paper", "weights": "teacher", "partner_weights": "uniform"},
     held=True,
   ),
   "cosine_logits": Case(scores.cosine_logits, cosine),
@@ -172,44 +167,18 @@ CASES = {
 each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@functools.cache
-def program(loss, static):
-  """Values and gradients by student, teacher and the two temperatures."""
-
-  @jax.jit
-  def run(student, teacher, temperature, other, options):
-    def total(student, teacher, temperature, other):
-      values = loss(
-        student,
-        teacher,
-        temperature=temperature,
-        teacher_temperature=other,
-        **options,
-        **dict(static),
-      )
-      return values.sum(), values
-
-    grads, values = jax.grad(total, (0, 1, 2, 3), has_aux=True)(
-      student, teacher, temperature, other
-    )
-    return values, grads
-
-  return run
-
-
-def run(case, student, teacher, temperature=1.0, other=None):
-  values, grads = program(case.loss, case.static)(
-    *(jnp.asarray(x, jnp.float32) for x in (student, teacher)),
-    temperature,
-    other or temperature,
-    dict(case.options),
+def run(case, student, teacher, temperature=1.0, other=None, **more):
+  values, grads = softened.run(
+    case.loss,
+    student,
+    teacher,
+    temperature=temperature,
+    teacher_temperature=other or temperature,
+    **case.options,
+    **more,
   )
-  return np.asarray(values), [np.asarray(grad) for grad in grads]
-
-
-def logits(seed, shape=(4, 5), scale=2.0):
-  rng = np.random.default_rng(seed)
-  return (scale * rng.normal(size=shape)).astype(np.float32)
+  names = ("student", "teacher", "temperature", "teacher_temperature")
+  return values, [grads[name] for name in names]
 
 
 def assert_close(actual, expected, rtol, atol=0.0):
@@ -284,19 +253,19 @@ def test_classes_absent_on_both_sides(case, lowest):
     np.where(keep, teacher, lowest),
     2.0,
   )
-  student, teacher = student[:, keep], teacher[:, keep]
+  student, teacher = student[..., keep], teacher[..., keep]
   np.testing.assert_allclose(
     values, case.reference(student, teacher, 2.0), 1e-5
   )
   exact = case.gradients(student, teacher, 2.0)
   for grad, small in zip(grads[:2], exact[:2], strict=True):
-    np.testing.assert_array_equal(grad[:, ~keep], 0.0)
-    assert_close(grad[:, keep], small, 2e-5, atol=3e-6)
+    np.testing.assert_array_equal(grad[..., ~keep], 0.0)
+    assert_close(grad[..., keep], small, 2e-5, atol=3e-6)
 
 
 @each
 def test_no_class_at_all_is_zero(case):
-  nothing = np.full((4, 5), -np.inf)
+  nothing = np.full(softened.SHAPE, -np.inf)
   values, grads = run(case, nothing, nothing)
   for array in (values, *grads):
     np.testing.assert_array_equal(array, 0.0)
@@ -307,32 +276,29 @@ def test_no_class_at_all_is_zero(case):
 def test_broken_logits_are_not_hidden(case, bad):
   good = logits(0)
   broken = good.copy()
-  broken[1, 2] = bad
+  broken[0, 1, 2] = bad
   for pair in ((broken, good), (good, broken), (broken, broken)):
     values, _ = run(case, *pair)
-    assert np.isnan(values[1])
-    assert np.all(np.isfinite(np.delete(values, 1)))
+    assert np.isnan(values).tolist() == [[False, True], [False, False]]
 
 
 @each
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
 def test_scalars_out_of_range(case, bad):
   z = logits(0)
-  options = dict(case.options) | {"temperature": 1.0}
-  for name in options:
-    if name == "order" and abs(bad) <= 1:
+  options = case.options | {"temperature": 1.0}
+  for name, value in options.items():
+    if isinstance(value, str) or (name == "order" and abs(bad) <= 1):
       continue
     with pytest.raises(ValueError, match=f"^{name} is .*; it should be "):
-      case.loss(z, z, **dict(case.static), **(options | {name: bad}))
-    traced = options | {name: bad}
-    temperature = traced.pop("temperature")
-    values, _ = program(case.loss, case.static)(
-      z, z + 1, temperature, 1.0, traced
-    )
+      case.loss(z, z, **(options | {name: bad}))
+    values, _ = softened.run(case.loss, z, z + 1, **(options | {name: bad}))
     assert np.all(np.isnan(values)), name
 
 
-finite = hnp.arrays(np.float32, (4, 5), elements=st.floats(-1e4, 1e4, width=32))
+finite = hnp.arrays(
+  np.float32, softened.SHAPE, elements=st.floats(-1e4, 1e4, width=32)
+)
 
 
 @each
@@ -363,38 +329,31 @@ EVERY = CASES | {
 }
 
 
-@functools.cache
-def token_program(loss, static):
-  """Values and student gradients, with the classes last and in the middle."""
-
-  @jax.jit
-  def run(student, teacher, where, options):
-    call = functools.partial(loss, where=where, **options, **dict(static))
-    last = lambda z: call(z, teacher)
-    middle = lambda z: call(
-      *(jnp.moveaxis(x, -1, 1) for x in (z, teacher)), axis=1
-    )
-
-    def values_and_grad(f):
-      total = lambda z: (f(z).sum(), f(z))
-      grad, values = jax.grad(total, has_aux=True)(student)
-      return values, grad
-
-    return values_and_grad(last), values_and_grad(middle)
-
-  return run
+every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 
 
-@pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
-def test_tokens_and_the_class_axis(case):
+@every
+def test_masked_tokens(case):
+  student, teacher = logits(0), logits(1)
+  where = np.array([[True, False], [True, True]])
+  expected = np.where(where, case.reference(student, teacher), 0)
+  exact = case.gradients(student[where], teacher[where])
+  student[~where] = np.nan
+  teacher[~where] = np.inf
+  values, grads = run(case, student, teacher, where=where)
+  np.testing.assert_allclose(values, expected, rtol=1e-5)
+  for grad, valid in zip(grads[:2], exact[:2], strict=True):
+    np.testing.assert_array_equal(grad[~where], 0.0)
+    assert_close(grad[where], valid, 2e-5, atol=2e-6)
+
+
+@every
+def test_any_axis_may_be_that_of_the_classes(case):
   student, teacher = logits(0, (2, 3, 5)), logits(1, (2, 3, 5))
   where = np.array([[True, True, False], [True, False, False]])
   expected = np.where(where, case.reference(student, teacher), 0)
-  exact, *_ = case.gradients(student[where], teacher[where])
   student[~where] = np.nan
-  for values, grad in token_program(case.loss, case.static)(
-    student, teacher, where, dict(case.options)
-  ):
-    np.testing.assert_allclose(values, expected, rtol=1e-5)
-    np.testing.assert_array_equal(grad[~where], 0.0)
-    assert_close(grad[where], exact, 2e-5, atol=2e-6)
+  values = jax.jit(functools.partial(case.loss, axis=1, **case.options))(
+    np.moveaxis(student, -1, 1), np.moveaxis(teacher, -1, 1), where=where
+  )
+  np.testing.assert_allclose(values, expected, rtol=1e-5)

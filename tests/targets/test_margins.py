@@ -92,6 +92,18 @@ def test_gradients_and_extremes(form):
       np.testing.assert_allclose(grad[:n], numeric, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e30])
+def test_the_unit_does_not_matter(unit):
+  mean, scale = grid()
+  unit = np.float32(unit)
+  for form in ("released", "paper"):
+    np.testing.assert_allclose(
+      margin(unit * mean, unit * scale, form=form) / unit,
+      margin(mean, scale, form=form),
+      rtol=1e-5,
+    )
+
+
 def test_it_feeds_its_loss():
   rng = np.random.default_rng(0)
   student, teacher = rng.normal(size=(2, 4, 3, 3, 2)).astype(np.float32)
