@@ -136,7 +136,7 @@ def valid(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     raise TypeError(f"where has dtype {where.dtype}; it should be bool")
   if where.shape != shape:
     raise ValueError(
-      f"where has shape {where.shape} but the loss has shape {shape}; they "
+      f"where has shape {where.shape} and the output has shape {shape}; they "
       "should be equal (nothing is broadcast)"
     )
   return where

@@ -202,7 +202,7 @@ def _shares(
   over = len(receivers)
   total = w.sum(over, keepdims=True)
   fits = ((w >= 0.0) & (w < jnp.inf)).all(over, keepdims=True) & (total > 0.0)
-  if checks._is_known(fits) and not fits.all():
+  if checks.is_known(fits) and not fits.all():
     raise ValueError(
       "weights should be finite, not negative, and not all 0 over the members; "
       f"they are from {w.min()} to {w.max()}"

@@ -3,8 +3,9 @@
 `test_divergences` asks still more of kl, reverse_kl and jsd.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
+import types
 from typing import Any, NamedTuple
 
 from hypothesis import given, settings, strategies as st
@@ -85,7 +86,7 @@ class Case(NamedTuple):
 
   loss: Callable[..., jax.Array]
   definition: Callable[..., float]
-  options: dict[str, Any] = {}
+  options: Mapping[str, Any] = types.MappingProxyType({})
   held: bool = False
 
   def probabilities(self, student, teacher, temperature=1.0, other=None):
@@ -286,7 +287,7 @@ def test_broken_logits_are_not_hidden(case, bad):
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
 def test_scalars_out_of_range(case, bad):
   z = logits(0)
-  options = case.options | {"temperature": 1.0}
+  options = {**case.options, "temperature": 1.0}
   for name, value in options.items():
     if isinstance(value, str) or (name == "order" and abs(bad) <= 1):
       continue
