@@ -40,6 +40,10 @@ def kl(
   temperature alone; policy distillation, with a sharpened teacher (T_t = 0.01)
   and T = 1, then has its published form.
 
+  Class-wise self-distillation (CS-KD, arXiv:2003.13964) is this loss at T = 4
+  between the network's predictions for two images of one class, the second
+  behind `jax.lax.stop_gradient`. From a cohort: `mutual_kl`.
+
   Args:
     student_logits: [..., classes] any float dtype, classes along `axis`.
     teacher_logits: the same shape. Gradients flow into it as well.
