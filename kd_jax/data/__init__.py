@@ -5,7 +5,7 @@ is called. `kd_jax.data.views` (JAX) and `kd_jax.data.prepare` (a command) are
 imported by name.
 """
 
-from kd_jax.data.order import batch_ids, epoch_of, eval_batches
+from kd_jax.data.order import batch_ids, epoch_of, eval_batches, partners
 from kd_jax.data.source import Source, batch_at, host_batches, to_arrays
 from kd_jax.data.sources import embedded, load, tfds
 from kd_jax.data.subset import transfer_set
@@ -19,6 +19,7 @@ __all__ = [
   "eval_batches",
   "host_batches",
   "load",
+  "partners",
   "tfds",
   "to_arrays",
   "transfer_set",
