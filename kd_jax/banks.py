@@ -16,6 +16,8 @@ it belongs into the part of a training state that is not trained.
   ((2,), (50, 8))
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -144,7 +146,7 @@ def _classes(
   labels: ArrayLike, index: jax.Array, n_data: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """(the data set in order of class, where an example's class starts, size)."""
-  dtype = jnp.result_type(labels)
+  dtype = checks.dtype("labels", labels)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"labels has dtype {dtype}; it should be integer")
   if jnp.shape(labels) != (n_data,):

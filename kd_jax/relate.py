@@ -21,6 +21,8 @@ All functions are pure and compute in float32. Their gradients are finite where
 examples coincide or vanish, and accurate for examples that lie close together.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -42,11 +42,13 @@ def test_the_composition_example_runs():
   exec(compile(blocks("python")[1], "README.md", "exec"), scope)
   rng = np.random.default_rng(0)
   z = jnp.asarray(rng.normal(size=(3, 6, 4)), jnp.float32)
-  # Rotations and translations keep the neighbours.
+  # Rotations and scales keep the neighbours; other features have others.
   turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
-  moved = z[0] @ jnp.asarray(turn, jnp.float32) + 1.0
+  moved = 2.0 * z[0] @ jnp.asarray(turn, jnp.float32)
   np.testing.assert_allclose(scope["neighbour_loss"](moved, z[0]), 0, atol=1e-5)
   assert scope["neighbour_loss"](z[1], z[0]).min() > 1e-3
+  wide = rng.normal(size=(2, 64, 512)).astype(np.float32)
+  assert scope["neighbour_loss"](*wide).min() > 1e-3
   # The mean of equal members is the member.
   same = jnp.stack([z[0], z[0]])
   np.testing.assert_allclose(

@@ -27,7 +27,7 @@ def true_class(
     TypeError: for labels that are not integers.
     ValueError: for another shape, or a known label that is no class.
   """
-  dtype = jnp.result_type(labels)
+  dtype = checks.dtype("labels", labels)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"labels has dtype {dtype}; it should be an integer dtype")
   shape = checks.example_shape("student_logits", logits, axis)

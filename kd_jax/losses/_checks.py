@@ -113,9 +113,9 @@ def examples(
 
 def example_shape(name: str, array: jax.Array, axis: int) -> tuple[int, ...]:
   """The array's shape without the class axis, which must exist."""
-  if not -array.ndim <= axis < array.ndim:
+  if not isinstance(axis, int) or not -array.ndim <= axis < array.ndim:
     raise ValueError(
-      f"axis is {axis}, but {name} has shape {array.shape}; it should be one "
+      f"axis is {axis!r}, but {name} has shape {array.shape}; it should be one "
       "of its axes"
     )
   axis %= array.ndim
@@ -131,9 +131,10 @@ def valid(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
   """The mask, which must be boolean and have the shape of the output."""
   if where is None:
     return None
+  found = dtype("where", where)
+  if found != jnp.bool_:
+    raise TypeError(f"where has dtype {found}; it should be bool")
   where = jnp.asarray(where)
-  if where.dtype != jnp.bool_:
-    raise TypeError(f"where has dtype {where.dtype}; it should be bool")
   if where.shape != shape:
     raise ValueError(
       f"where has shape {where.shape} and the output has shape {shape}; they "
@@ -258,9 +259,9 @@ def rows(
     TypeError: if the numbers are not integers.
     ValueError: if a number that is not traced names no row.
   """
-  dtype = jnp.result_type(numbers)
-  if not jnp.issubdtype(dtype, jnp.integer):
-    raise TypeError(f"{name} has dtype {dtype}; it should be integer")
+  found = dtype(name, numbers)
+  if not jnp.issubdtype(found, jnp.integer):
+    raise TypeError(f"{name} has dtype {found}; it should be integer")
   if where is not None:
     more = jnp.ndim(numbers) - where.ndim
     where = where.reshape(where.shape + (1,) * more)
@@ -284,10 +285,21 @@ def rows(
   return jnp.where(known, numbers, 0), jnp.where(known, 1.0, jnp.nan)
 
 
+def dtype(name: str, array: Any) -> Any:
+  """The dtype of an array; TypeError for what is none, such as a list."""
+  if not hasattr(array, "dtype") and not isinstance(
+    array, int | float | complex
+  ):
+    what = "None" if array is None else f"a {type(array).__name__}"
+    hint = " (see jnp.stack)" if isinstance(array, list | tuple) else ""
+    raise TypeError(f"{name} is {what}; it should be an array{hint}")
+  return jnp.result_type(array)
+
+
 def _float(name: str, array: ArrayLike) -> jax.Array:
-  dtype = jnp.result_type(array)
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f"{name} has dtype {dtype}; it should be a float dtype")
+  found = dtype(name, array)
+  if not jnp.issubdtype(found, jnp.floating):
+    raise TypeError(f"{name} has dtype {found}; it should be a float dtype")
   return jnp.asarray(array).astype(jnp.float32)
 
 
@@ -302,8 +314,7 @@ def _scalar(
     raise TypeError(f"{name} is {value!r}; it should be {wanted}")
   if np.shape(value) != ():
     raise ValueError(
-      f"{name} has shape {np.shape(value)}; it should be a scalar (for one "
-      "value per example, use jax.vmap)"
+      f"{name} has shape {np.shape(value)}; it should be a scalar"
     )
   if not is_known(value):
     value = jnp.asarray(value, jnp.float32)

@@ -4,6 +4,8 @@ Both losses take features before the nonlinearity, and neither cares how far
 below 0 a neuron is that the teacher switches off.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -87,6 +87,7 @@ def crd(
 
   Example:
     >>> import jax, jax.numpy as jnp
+    >>> from kd_jax import banks
     >>> rows = jnp.eye(3)
     >>> bank = banks.CRDBank(rows, rows, jnp.float32(0.0), jnp.float32(0.0))
     >>> negatives = jnp.array([[1, 2], [0, 2]])
@@ -110,7 +111,10 @@ def crd(
     student_embeddings=student_embeddings,
     teacher_embeddings=teacher_embeddings,
   )
-  bank = banks.CRDBank(*map(jnp.asarray, bank))
+  if not isinstance(bank, banks.CRDBank):
+    raise TypeError(
+      f"bank is a {type(bank).__name__}; it should be a kd_jax.banks.CRDBank"
+    )
   bank = banks.CRDBank(*map(jnp.asarray, bank))  # it may come from a file
   _check_shapes(student, bank, index, negatives)
   n_data = bank.student.shape[0]

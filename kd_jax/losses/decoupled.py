@@ -3,6 +3,8 @@
 Absent classes (logits of -inf) are treated as in `divergences`.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

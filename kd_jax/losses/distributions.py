@@ -5,6 +5,8 @@ each valid example has it, and its mean is the loss. Masked examples are not in
 the set. With `axis_name`, the set comes from all devices.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax

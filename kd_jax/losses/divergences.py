@@ -7,6 +7,8 @@ taken as -1e5. The gradients are those of that value: among the other classes
 they lead to what is left of the teacher.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

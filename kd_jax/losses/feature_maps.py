@@ -4,6 +4,8 @@ Channels come last. Where student and teacher differ in height and width, the
 caller resizes one of them first.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 import math
 

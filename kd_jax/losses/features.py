@@ -4,6 +4,8 @@ Student and teacher have the same shape here: where their widths differ, a
 learned projection of the student's features comes first.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

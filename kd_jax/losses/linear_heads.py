@@ -1,5 +1,7 @@
 """Divergences of two linear heads, without the logits of all tokens at once."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import functools
 import math
@@ -92,12 +94,19 @@ def linear_divergence(
     raise TypeError(f"chunk_size is {chunk_size!r}; it should be an int")
   if chunk_size < 1:
     raise ValueError(f"chunk_size is {chunk_size}; it should be above 0")
-  named = {
-    "student_hidden": jnp.asarray(student_hidden),
-    "student_head": jnp.asarray(student_head),
-    "teacher_hidden": jnp.asarray(teacher_hidden),
-    "teacher_head": jnp.asarray(teacher_head),
+  given = {
+    "student_hidden": student_hidden,
+    "student_head": student_head,
+    "teacher_hidden": teacher_hidden,
+    "teacher_head": teacher_head,
   }
+  for name, array in given.items():
+    checks.dtype(name, array)  # refuses what is no array
+  named = {name: jnp.asarray(array) for name, array in given.items()}
+  if not callable(divergence):
+    raise TypeError(
+      f"divergence is {divergence!r}; it should be a function such as kl"
+    )
   _check_shapes(named, teacher_index is not None)
   hidden_s, head_s, hidden_t, head_t = named.values()
   shape = hidden_s.shape[:-1]
@@ -185,7 +194,7 @@ def _columns(
   bias: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """The teacher's head and bias with a column for each student class."""
-  dtype = jnp.result_type(index)
+  dtype = checks.dtype("teacher_index", index)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"teacher_index has dtype {dtype}; it should be integer")
   if jnp.shape(index) != head_s.shape[1:]:

@@ -1,8 +1,11 @@
 """Losses on logits, or labels, that are not divergences of two predictions."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 
 from kd_jax.losses import (
   _arguments as arguments,
@@ -91,7 +94,8 @@ def cross_entropy(
   Args:
     student_logits: [..., classes] any float dtype, classes along `axis`.
     labels: [...] integers from 0 to classes - 1; or [..., classes] float,
-      rows that sum to 1 (which is not checked). Gradients flow into the latter.
+      probabilities (logits there are refused if they can be seen to be none,
+      that is outside `jit`). Gradients flow into the latter.
     smoothing: scalar s, 0 <= s <= 1, may be traced.
     axis: the class axis.
     where: [...] bool; entries that are False are 0 and get no gradient, and
@@ -124,7 +128,7 @@ def cross_entropy(
   (student,) = checks.select(where, student, axis=axis)
   log_q = numerics.log_softmax(student, 1.0, axis)
 
-  dtype = jnp.result_type(labels)
+  dtype = checks.dtype("labels", labels)
   if jnp.issubdtype(dtype, jnp.integer):
     if jnp.shape(labels) != shape:
       raise ValueError(
@@ -143,6 +147,11 @@ def cross_entropy(
     (labels,) = checks.floats(labels=labels)
     checks.same_shape(student_logits=student, labels=labels)
     (labels,) = checks.select(where, labels, axis=axis)
+    if checks.is_known(labels) and np.any(np.asarray(labels) < 0.0):
+      raise ValueError(
+        f"labels holds {np.asarray(labels).min():g}; it should hold "
+        "probabilities (of logits, take jax.nn.softmax first, or call kl)"
+      )
     hard = -jnp.sum(labels * log_q, axis)
   else:
     raise TypeError(

@@ -5,6 +5,8 @@ mixture, which has mass wherever one of the two has; otherwise log 0 is taken
 as -1e5, as for `kl`.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Losses between networks, or exits of one network, that learn together."""
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -4,6 +4,8 @@ Absent classes (logits of -inf) are treated as in `divergences`. Gradients by
 the teacher's logits are those at a fixed order.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

@@ -5,6 +5,8 @@ may have different widths and no layer is needed between them. Masked examples
 are nobody's partner. With `axis_name`, partners come from all devices.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

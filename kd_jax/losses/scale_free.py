@@ -4,6 +4,8 @@ Absent classes (logits of -inf) are treated as in `divergences`; they take no
 part in means and deviations.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -221,7 +223,9 @@ def _centred(x: jax.Array, where: jax.Array, axis: int) -> jax.Array:
   """The entries less their mean; 0 outside `where`, and if all are equal."""
   # Without an offset first, so that a large one costs the mean no digits and
   # equal entries become exactly 0.
-  top = jnp.max(jnp.where(where, x, -jnp.inf), axis, keepdims=True)
+  top = jnp.max(
+    jnp.where(where, x, -jnp.inf), axis, keepdims=True, initial=-jnp.inf
+  )
   x = jnp.where(where, x - lax.stop_gradient(top), 0.0)
   count = jnp.maximum(where.sum(axis, keepdims=True), 1)
   x = jnp.where(where, x - x.sum(axis, keepdims=True) / count, 0.0)

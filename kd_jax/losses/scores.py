@@ -4,6 +4,8 @@ Absent classes and log 0 are as for `kl`: -inf on both sides is no class, on
 one side a log-probability of -1e5.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

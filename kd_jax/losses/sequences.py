@@ -4,6 +4,8 @@ Where all logits are at hand, the divergences do for tokens as they are: logits
 are [batch, tokens, vocab] then, and `where` is [batch, tokens].
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -186,7 +188,7 @@ def _sparse(
     them usable, [...] bool, False where they were not, mask).
   """
   student, *arrays = checks.floats(student_logits=student_logits, **at_indices)
-  dtype = jnp.result_type(indices)
+  dtype = checks.dtype("indices", indices)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"indices has dtype {dtype}; it should be integer")
   shape = jnp.shape(indices)

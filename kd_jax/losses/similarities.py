@@ -5,6 +5,8 @@ may have different widths and no layer is needed between them. Masked examples
 are nobody's partner. With `axis_name`, partners come from all devices.
 """
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -132,8 +134,8 @@ def correlation_congruence(
   Reference: Peng et al. 2019 (CCKD), arXiv:1904.01802, Sec. 3.
   """
   gamma = checks.positive("gamma", gamma)
-  if order < 1:
-    raise ValueError(f"order is {order}; it should be at least 1")
+  if not isinstance(order, int) or order < 1:
+    raise ValueError(f"order is {order!r}; it should be an int, at least 1")
   checks.choice("kernel", kernel, "rbf", "bilinear")
   student, teacher, where = embeddings.pair(
     student_embeddings, teacher_embeddings, where

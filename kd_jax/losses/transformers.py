@@ -1,10 +1,11 @@
 """Attention maps, relations between tokens, and hidden states of transformers.
 
-All have one value per query token. `where` [batch, queries] says which queries
-count, `key_where` [batch, keys] which keys do: a masked key is in no softmax
-and in no mean, and what stands there, NaN included, has no effect. So padding
-is never averaged in, on either side.
+One value per query token. `where` [batch, queries] says which queries count,
+`key_where` [batch, keys] which keys: a masked key is in no softmax and no mean,
+and what is there, NaN included, has no effect. No padding is averaged in.
 """
+
+from __future__ import annotations
 
 import math
 
@@ -249,8 +250,7 @@ def relation_kl(
         "be above 0 and divide the last axis"
       )
   student, teacher = (
-    x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
-    for x in (student, teacher)
+    jnp.stack(jnp.split(x, num_heads, 2), 1) for x in (student, teacher)
   )
   return _relation_kl(student, teacher, where, key_where)
 

@@ -1,5 +1,7 @@
 """What is left of a teacher without its knowledge of the other classes."""
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

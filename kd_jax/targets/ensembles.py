@@ -1,5 +1,7 @@
 """One target from several models: ensembles of teachers, and of peers."""
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Targets that know the right answer: mixed with labels, or made from them."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -129,7 +131,7 @@ def virtual(
 
   Reference: Yuan et al. 2019 (Tf-KD), arXiv:1909.11723, Eq. 8.
   """
-  dtype = jnp.result_type(labels)
+  dtype = checks.dtype("labels", labels)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"labels has dtype {dtype}; it should be an integer dtype")
   classes = inputs.count("classes", classes)
@@ -216,7 +218,7 @@ def _classes(
   labels: ArrayLike, logits: jax.Array, axis: int, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """Checks integer labels: ([...] int32, [...] 1 or NaN)."""
-  dtype = jnp.result_type(labels)
+  dtype = checks.dtype("labels", labels)
   if not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(f"labels has dtype {dtype}; it should be an integer dtype")
   shape = checks.example_shape("teacher_logits", logits, axis)
@@ -232,7 +234,7 @@ def _distribution(
   labels: ArrayLike, logits: jax.Array, axis: int, mask: jax.Array | None
 ) -> jax.Array:
   """The labels as distributions of the logits' shape."""
-  dtype = jnp.result_type(labels)
+  dtype = checks.dtype("labels", labels)
   if not jnp.issubdtype(dtype, jnp.floating):
     index, known = _classes(labels, logits, axis, mask)
     one_hot = jax.nn.one_hot(index, logits.shape[axis], axis=axis)

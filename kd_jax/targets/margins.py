@@ -1,5 +1,7 @@
 """Where a feature target is cut off: the margin of the overhaul."""
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -1,5 +1,7 @@
 """Targets on the way between models, and beyond them."""
 
+from __future__ import annotations
+
 import jax
 from jax import lax
 import jax.numpy as jnp

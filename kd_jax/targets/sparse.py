@@ -1,5 +1,7 @@
 """The teacher at a few classes: what is worth storing of a large vocabulary."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -80,8 +82,12 @@ def top_k(
     >>> kept = top_k(teacher, 2)
     >>> print(kept.indices, [f"{p:.2f}" for p in jnp.exp(kept.log_probs)])
     [1 3] ['0.60', '0.25']
-    >>> print(f"{jnp.exp(kept.log_tail):.2f}")
+    >>> print(f"{jnp.exp(kept.log_tail):.2f}")  # topk_kl sums it anew
     0.15
+    >>> from kd_jax import losses
+    >>> loss = losses.topk_kl(teacher, kept.log_probs, indices=kept.indices)
+    >>> print(f"{loss:.2f}")
+    0.00
 
   Reference: Anshumann et al. 2025, arXiv:2503.16870 (what is wrong with the
   top k alone).

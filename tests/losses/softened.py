@@ -44,13 +44,17 @@ def run(
 
   The teacher's temperature is the student's unless given.
   """
-  scalars = {
+  defaults = {
     key: parameter.default
     for key, parameter in inspect.signature(loss).parameters.items()
-    if isinstance(parameter.default, float)
   }
-  static = {key: x for key, x in options.items() if isinstance(x, str)}
-  scalars |= {key: x for key, x in options.items() if key not in static}
+  scalars = {key: x for key, x in defaults.items() if isinstance(x, float)}
+  static = {
+    key: x
+    for key, x in options.items()
+    if isinstance(x, str) and x != defaults[key]
+  }
+  scalars |= {k: x for k, x in options.items() if not isinstance(x, str)}
   scalars.setdefault("teacher_temperature", scalars["temperature"])
   values, grads = _program(loss, tuple(sorted(static.items())))(
     {"student": jnp.asarray(student), "teacher": jnp.asarray(teacher)}

@@ -198,7 +198,9 @@ def test_arguments():
   x = embeddings(0, STUDENT)
   with pytest.raises(ValueError, match="^gamma is 0; .* above 0"):
     CC(x, x, gamma=0)
-  with pytest.raises(ValueError, match="^order is 0; it should be at least 1"):
+  with pytest.raises(
+    ValueError, match="^order is 0; it should be an int, at least 1"
+  ):
     CC(x, x, order=0)
   with pytest.raises(ValueError, match="^kernel is 'linear'; it should be"):
     CC(x, x, kernel="linear")
