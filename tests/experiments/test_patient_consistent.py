@@ -158,7 +158,10 @@ def test_a_bank_replays_what_the_teacher_says_live(tmp_path):
     ({"view.crop": "none"}, "view.crop is 'none'"),
     ({"transfer": 4000}, "transfer is 4000"),
     ({"transfer": 10}, "batch_size is 16, but the data set has only 10"),
-    ({"students.labels_30.mode": "fxed"}, r"students\.labels_30\.mode is 'fxed'"),
+    (
+      {"students.labels_30.mode": "fxed"},
+      r"students\.labels_30\.mode is 'fxed'",
+    ),
     ({"students.labels_30.bank": 4}, r"students\.labels_30\.bank needs a mode"),
     ({"student.model": "resnet"}, "model name is 'resnet'"),
   ],
