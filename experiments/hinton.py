@@ -17,7 +17,7 @@ import optax
 
 from kd_jax import cli, data, losses, models, report, train
 from kd_jax.data import views
-from kd_jax.errors import check_number, check_numbers, checking
+from kd_jax.errors import check_number, checking
 from kd_jax.reduce import Term
 
 
@@ -75,22 +75,13 @@ def load(config):
   bias = [f"{row}+bias" for row in config.rows]
   train.check_comparison(config.rows, config.claims, config.seeds, derived=bias)
   check_number("holdout", config.holdout, least=0, most=n - 1)
-  once, positive, share = {"least": 1}, {"above": 0}, {"least": 0, "most": 0.99}
-  check_numbers("", config, eval_every=once, save_every=once, log_every=once)
+  train.check_periods(config)
   for name in ("teacher", "student"):
-    check_numbers(name, config[name], dropout=share, input_dropout=share)
     devices = len(train.use_devices(config.devices))
-    train.check_training(name, config[name], devices)
+    train.check_settings(name, config[name], devices=devices)
   for name in config.rows:
     s = config.students[name]
-    check_numbers(
-      f"students.{name}",
-      s,
-      temperature=positive,
-      soft_weight={"least": 0},
-      hard_weight={"least": 0},
-      fraction={"above": 0, "most": 1},
-    )
+    train.check_settings(f"students.{name}", s)
     for label in s.classes:
       top = source.num_classes - 1
       check_number(f"students.{name}.classes", label, least=0, most=top)
@@ -128,8 +119,7 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
   """A stage for every network and seed, then the table and the pictures."""
   teacher_seeds = config.teacher.seeds or config.seeds
   total = len(teacher_seeds) + len(config.seeds) * len(config.rows)
-  periods = {k: config[k] for k in ("eval_every", "save_every", "log_every")}
-  study = train.Study(path, test, total, **periods)
+  study = train.Study(path, test, total, config)
   nets, teachers, examples = {}, {}, []
 
   for number, seed in enumerate(config.seeds):

@@ -13,28 +13,26 @@ little of the labels.
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 import numpy as np
-import optax
 
-from kd_jax import cli, data, losses, models, teachers, train
-from kd_jax.data import views
-from kd_jax.errors import check_number, check_numbers, checking
+from kd_jax import cli, data, evaluate, losses, models, targets, teachers, train
+from kd_jax.data import crops, views
+from kd_jax.errors import check_choice, check_number, checking, naming
 from kd_jax.reduce import Term
 
 MODES = ("labels", "fixed", "independent", "consistent", "function_matching")
 
 
-def look(key, rows, epoch, view):
-  """The view of each image in an epoch: a function of its id and the key."""
-  keys = views.keys(key, rows["id"], epoch)
-  images = rows["image"]
+def look(key, rows, view, image="image"):
+  """The view of each image: a function of the key, its id and the epoch."""
+  keys, images = views.keys(key, rows["id"], rows["epoch"]), rows[image]
   if view["crop"] == "shift":
     images = views.random_crop(keys, images, view["size"], view["padding"])
   images = views.to_float(images)
-  if view["crop"] == "inception":
-    images = views.random_resized_crop(
-      keys, images, view["size"], area=(view["least_area"], 1.0)
-    )
+  if view["crop"] == "inception" and not view["on_host"]:
+    area = (view["least_area"], 1.0)
+    images = crops.random_resized_crop(keys, images, view["size"], area=area)
   images = views.random_flip(keys, images) if view["flip"] else images
   return 2.0 * images - 1.0
 
@@ -46,19 +44,36 @@ def whole(images):
 
 def student_view(key, batch, view, row):
   """What the student sees; with mixup, mixed with its partner's view."""
-  images = look(key, batch, batch["epoch"], view)
+  images = look(key, batch, view)
   if row["mode"] != "function_matching":
     return images
   keys = views.keys(key, batch["id"], batch["epoch"])
-  ratio = views.mix_ratios(
-    keys, alpha=row["mixup"], same_ratio=row["same_ratio"]
-  )[:, None, None, None]
-  other = look(key, batch["partner"], batch["epoch"], view)
+  how = {"alpha": row["mixup"], "same_ratio": row["same_ratio"]}
+  if "partner" not in batch:  # read on the host: the neighbour in the batch
+    return views.mixup(keys, images, **how)[0]
+  ratio = views.mix_ratios(keys, **how)[:, None, None, None]
+  other = look(key, {**batch["partner"], "epoch": batch["epoch"]}, view)
   return ratio * images + (1.0 - ratio) * other
+
+
+def keys_of(key, mode):
+  """Keys of the views: the student's, and the teacher's if it has its own."""
+  return [key, jax.random.fold_in(key, 1)] if mode == "independent" else [key]
 
 
 def make_loss(model, view, row, teacher=None):
   """The method: what the teacher is asked about the student's view."""
+
+  def targets(frozen, batch, images):
+    if "teacher_logits" in batch:  # of this view, computed beforehand
+      count = batch["teacher_logits"].shape[1]
+      picked = (batch["epoch"] % count)[:, None, None]
+      return jnp.take_along_axis(batch["teacher_logits"], picked, 1)[:, 0]
+    if row["mode"] == "independent":
+      own = keys_of(frozen["view_key"], row["mode"])[1]
+      image = "other_image" if view["on_host"] else "image"
+      images = look(own, batch, view, image)
+    return teacher.apply(frozen["teacher"], images)[0].logits
 
   def loss_fn(params, model_state, frozen, batch, key):
     images = student_view(frozen["view_key"], batch, view, row)
@@ -69,50 +84,29 @@ def make_loss(model, view, row, teacher=None):
       hard = losses.cross_entropy(out.logits, batch["label"])
       terms["hard"] = Term(hard, weight=hparams["hard_weight"])
     if row["mode"] != "labels":
-      if "teacher_logits" in batch:  # of this view, computed beforehand
-        picked = (
-          batch["epoch"][:, None, None] % batch["teacher_logits"].shape[1]
-        )
-        targets = jnp.take_along_axis(batch["teacher_logits"], picked, 1)[:, 0]
-      else:
-        if row["mode"] == "independent":
-          own = jax.random.fold_in(frozen["view_key"], 1)
-          images = look(own, batch, batch["epoch"], view)
-        targets = teacher.apply(frozen["teacher"], images)[0].logits
-      soft = losses.kl(
-        out.logits,
-        jax.lax.stop_gradient(targets),
-        temperature=hparams["temperature"],
-      )
+      asked = jax.lax.stop_gradient(targets(frozen, batch, images))
+      temperature = hparams["temperature"]
+      soft = losses.kl(out.logits, asked, temperature=temperature)
       terms["soft"] = Term(soft, weight=hparams["soft_weight"])
     return terms, train.Aux(model_state={"model": state})
 
   return loss_fn
 
 
-def optimizer(settings, steps):
-  """Adam or SGD; the decay is not multiplied by the learning rate."""
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, 1.0, round(settings.warmup * steps), steps
-  )
-  scale = (
-    optax.trace(0.9) if settings.optimizer == "sgd" else optax.scale_by_adam()
-  )
-  return optax.chain(
-    scale,
-    optax.scale(settings.learning_rate),
-    optax.add_decayed_weights(settings.weight_decay),
-    optax.scale_by_learning_rate(schedule),
-  )
+def ask(teacher, variables, images):
+  """The teacher's logits for stored images, as they are evaluated."""
+  fn = Partial(lambda v, x: teacher.apply(v, whole(x))[0].logits, variables)
+  return evaluate.predict(fn, images, batch_size=min(500, len(images)))
 
 
-def network(config, settings, row, num_classes, teacher=None):
+def network(config, settings, row, steps, num_classes, teacher=None):
   """A network with its training step, in one of the modes."""
   model = models.create(settings.model, num_classes, **settings.fields)
+  model = models.at_resolution(model, settings.size or config.view.size)
   return train.Classifier(
     model,
     make_loss(model, config.view, row, teacher),
-    optimizer(settings, row["steps"]),
+    train.decoupled(steps, **settings.optimizer),
     preprocess=whole,
     how=config.parallel,
     devices=train.use_devices(config.devices),
@@ -121,150 +115,137 @@ def network(config, settings, row, num_classes, teacher=None):
   )
 
 
-def bank(config, name, row, seed, teacher_net, teacher, pool, shape, path):
-  """Teacher logits [n, views, classes] for a finite bank of views, on disk."""
-  n, key = len(pool["id"]), train.view_key(seed)
-  size = min(config.student.batch_size, n)
-
-  @jax.jit
-  def look_and_ask(variables, rows, epoch):
-    images = student_view(key, {**rows, "epoch": epoch}, config.view, row)
-    return teacher_net.model.apply(variables, images)[0].logits
-
-  def compute(view):
-    parts = []
-    for positions, mask in data.eval_batches(n, size):
-      rows = {k: v[positions] for k, v in pool.items()}
-      partner = data.partners(seed, view, positions, n)
-      rows["partner"] = {k: v[partner] for k, v in pool.items()}
-      epoch = np.full(size, view, np.int32)
-      parts.append(np.asarray(look_and_ask(teacher, rows, epoch))[mask])
-    return np.concatenate(parts)
-
-  manifest = {
-    "teacher": teachers.digest(teacher),
-    "data": teachers.digest(pool),
-    "views of": {k: row[k] for k in ("mode", "mixup", "same_ratio")},
-    "view": config.view.to_dict(),
-    "seed": seed,
-    "batch_size": size,
-  }
-  logits = teachers.cached(
-    path / "banks" / f"{name}-seed{seed}",
-    compute,
-    views=row["bank"],
-    shape=shape,
-    manifest=manifest,
-  )
-  return logits.swapaxes(0, 1)
-
-
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
-  source = data.load(config.dataset, config.train_split, config.data_dir)
-  test = data.to_arrays(
-    data.load(config.dataset, config.test_split, config.data_dir)
-  )
-  pool, side = data.to_arrays(source), config.view.size
   train.check_comparison(config.rows, config.claims, config.seeds)
-  devices = len(train.use_devices(config.devices))
-  check_number("transfer", config.transfer, least=1, most=len(pool["id"]))
-  check_number("view.size", side, least=1, most=pool["image"].shape[1])
-  if config.view.crop not in ("shift", "inception"):
-    raise ValueError(
-      f'view.crop is {config.view.crop!r}; it should be "shift" or "inception"'
-    )
-  transfer = data.transfer_set(
-    pool["label"], fraction=config.transfer / len(pool["id"]), seed=0
-  )
-  settings = {"teacher": config.teacher, "student": config.student}
-  for name, s in settings.items():
-    train.check_training(name, {**s, "steps": 1}, devices)
-    size = len(pool["id"]) if name == "teacher" else len(transfer)
-    train.index_batches(0, s.batch_size, size)  # raises if that is too small
-    models.create(s.model, source.num_classes, **s.fields)
-  check_number("teacher.epochs", config.teacher.epochs, above=0)
+  train.check_periods(config)
+  train.check_settings("", config)
+  train.check_settings("view", config.view)
+  view, devices = config.view, len(train.use_devices(config.devices))
+  check_choice("view.crop", view.crop, ("shift", "inception"))
+  how = {"evaluation": tuple(config.evaluation), "readers": config.readers}
+  if view.on_host:
+    how["crop"] = {"size": view.size, "area": (view.least_area, 1.0)}
+  source = data.load(config.dataset, config.train_split, config.data_dir)
+  tested = data.load(config.dataset, config.test_split, config.data_dir)
+  pool = train.Images(source, **how)
+  check_number("transfer", config.transfer, least=0, most=pool.n)
+  part = pool.some(config.transfer) if config.transfer else pool
+  if pool.arrays:
+    side = min(pool.arrays["image"].shape[1:3])
+    check_number("view.size", view.size, least=1, most=side)
+
+  def check(where, s, images):
+    train.check_settings(where, s, devices=devices)
+    train.index_batches(0, s.batch_size, images.n)  # raises if that is too few
+    network(config, s, {"mode": "labels"}, 1, source.num_classes)
+
+  checkpoints = {}
+  for name, s in config.teachers.items():
+    if not s.checkpoint:
+      check(f"teachers.{name}", s, pool)
+      continue
+    with naming(f"teachers.{name}.checkpoint"):
+      checkpoints[name] = models.load(
+        s.checkpoint, s.model, source.num_classes, **s.fields
+      )
   for name in config.rows:
     row, where = config.students[name], f"students.{name}"
-    if row.mode not in MODES:
+    check_choice(f"{where}.mode", row.mode, MODES)
+    train.check_settings(where, row)
+    check(where, config.networks[row.network], part)
+    if row.bank and (view.on_host or row.mode not in MODES[3:]):
       raise ValueError(
-        f"{where}.mode is {row.mode!r}; it should be one of {', '.join(MODES)}"
+        f"{where}.bank is {row.bank}; it should be 0 unless views are shared "
+        "and made on the device"
       )
-    positive, weight = {"above": 0}, {"least": 0}
-    check_numbers(
-      where,
-      row,
-      epochs=positive,
-      temperature=positive,
-      mixup=positive,
-      soft_weight=weight,
-      hard_weight=weight,
-      bank=weight,
+  test = train.Images(tested, **how).evaluated()
+  return source.num_classes, pool, part, test, checkpoints
+
+
+def body(config, num_classes, pool, part, test, checkpoints, path):
+  """The teachers, then each way to teach for each seed."""
+  total = len(config.seeds) * len(config.rows)
+  total += len(config.teachers) - len(checkpoints)
+  study = train.Study(path, test, total, config)
+
+  def fit(s, row, images, seed, name, teacher=None, variables=None):
+    """Trains one network; returns it, its variables and its test logits."""
+    steps = max(1, round(row["epochs"] * (images.n // s.batch_size)))
+    net = network(config, s, row, steps, num_classes, teacher)
+    key, mixed = train.view_key(seed), row["mode"] == "function_matching"
+    keys, weights = keys_of(key, row["mode"]), ("soft_weight", "hard_weight")
+    arrays, more = images.feed(
+      seed, s.batch_size, keys=keys, views=row["bank"], partners=mixed
     )
-    if row.bank and row.mode not in ("consistent", "function_matching"):
-      raise ValueError(f"{where}.bank needs a mode in which views are shared")
-  part = {k: v[transfer] for k, v in pool.items()}
-  return source.num_classes, pool, part, test
+    frozen = {"hparams": {k: row[k] for k in ("temperature", *weights)}}
+    if row["bank"]:
+      arrays["teacher_logits"] = images.bank(
+        path / "banks" / f"{name}-seed{seed}",
+        lambda variables, rows: (
+          teacher.apply(variables, student_view(key, rows, config.view, row))[
+            0
+          ].logits
+        ),
+        variables,
+        classes=num_classes,
+        views=row["bank"],
+        batch_size=s.batch_size,
+        keys=keys,
+        partners=seed if mixed else None,
+        manifest={**row, "view": config.view.to_dict()},
+      )
+    elif row["mode"] == "fixed":
+      fixed = ask(teacher, variables, images.evaluated()["image"])
+      arrays["teacher_logits"] = fixed[:, None]
+    elif row["mode"] != "labels":
+      frozen["teacher"] = variables
+    if arrays:
+      frozen["data"] = arrays
+    found = study.train(
+      net,
+      frozen,
+      name=name,
+      title=row["label"],
+      kind=name if teacher is None else row["network"],
+      seed=seed,
+      settings={"steps": steps, "batch_size": s.batch_size},
+      **more,
+    )
+    return net, *found
 
-
-def body(config, num_classes, pool, part, test, path):
-  """The teacher, then each way to teach for each seed."""
-  periods = {k: config[k] for k in ("eval_every", "save_every", "log_every")}
-  total = 1 + len(config.seeds) * len(config.rows)
-  study = train.Study(path, test, total, **periods)
-
-  def steps(settings, epochs, rows):
-    return max(1, round(epochs * (len(rows["id"]) // settings.batch_size)))
-
-  plain = {"mode": "labels", "hard_weight": 1.0}
-  count = steps(config.teacher, config.teacher.epochs, pool)
-  net = network(config, config.teacher, {**plain, "steps": count}, num_classes)
-  teacher, taught = study.train(
-    net,
-    {"data": pool, "hparams": {"hard_weight": 1.0}},
-    name="teacher",
-    title="teacher",
-    kind="teacher",
-    seed=config.teacher.seed,
-    settings={"steps": count, "batch_size": config.teacher.batch_size},
-  )
-  before = teachers.digest(teacher)
-  study.board.add("teacher", taught, seed=config.teacher.seed)
-  fixed = net.predict(teacher, part["image"])[:, None]
+  alone = {"mode": "labels", "bank": 0, "network": ""}
+  alone |= {"temperature": 1.0, "soft_weight": 0.0, "hard_weight": 1.0}
+  members, variables, said = {}, {}, []
+  for name, s in config.teachers.items():
+    row = {**alone, "label": name, "epochs": s.epochs}
+    if name in checkpoints:
+      net = network(config, s, row, 1, num_classes)
+      logits = study.test(net, checkpoints[name], kind=name)
+      found = net, checkpoints[name], logits
+    else:
+      found = fit(s, row, pool, s.seed, name)
+    members[name], variables[name] = found[0].model, found[1]
+    said.append(found[2])
+    study.board.add(name, found[2], seed=s.seed)
+  before, said = teachers.digest(variables), targets.ensemble(np.stack(said))
+  if len(members) > 1:
+    study.board.add("ensemble", np.asarray(said), seed=0, title="all teachers")
 
   for name in config.rows:
     row = config.students[name].to_dict()
-    row["steps"] = steps(config.student, row["epochs"], part)
-    student = network(config, config.student, row, num_classes, net.model)
+    teacher = models.ensemble(members, temperature=row["temperature"])
+    settings = config.networks[row["network"]]
     for seed in config.seeds:
-      weights = ("temperature", "soft_weight", "hard_weight")
-      frozen = {"data": dict(part), "hparams": {k: row[k] for k in weights}}
-      if row["bank"]:
-        frozen["data"]["teacher_logits"] = bank(
-          config, name, row, seed, net, teacher, part, fixed.shape[::2], path
-        )
-      elif row["mode"] == "fixed":
-        frozen["data"]["teacher_logits"] = fixed
-      elif row["mode"] != "labels":
-        frozen["teacher"] = teacher
-      _, logits = study.train(
-        student,
-        frozen,
-        name=name,
-        title=row["label"],
-        kind="student",
-        seed=seed,
-        settings={
-          "steps": row["steps"],
-          "batch_size": config.student.batch_size,
-        },
-        views=row["bank"] or None,
-        partners=row["mode"] == "function_matching",
-      )
+      _, _, logits = fit(settings, row, part, seed, name, teacher, variables)
       study.board.add(
-        name, logits, seed=seed, title=row["label"], teacher_logits=taught
+        name,
+        logits,
+        seed=seed,
+        title=row["label"],
+        teacher_logits=np.asarray(said),
       )
-  assert teachers.digest(teacher) == before, "the teacher has changed"
+  assert teachers.digest(variables) == before, "a teacher has changed"
   result = study.result(
     config.claims,
     experiment="patient_consistent",
@@ -273,9 +254,9 @@ def body(config, num_classes, pool, part, test, path):
     seeds=list(config.seeds),
     data={
       "name": config.dataset,
-      "train (teacher)": len(pool["id"]),
-      "train (students)": len(part["id"]),
-      "test": len(test["id"]),
+      "train (teachers)": pool.n,
+      "train (students)": part.n,
+      "test": len(test["label"]),
     },
   )
   curves = study.stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
@@ -283,7 +264,7 @@ def body(config, num_classes, pool, part, test, path):
 
 
 def run(config, workdir):
-  """Trains the teacher and the students; returns the result."""
+  """Trains the teachers and the students; returns the result."""
   with checking():
     inputs = load(config)
   return train.record(

@@ -1,6 +1,6 @@
 """The one exception that means "the input was wrong, nothing was done"."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import math
 from typing import Any
@@ -76,6 +76,41 @@ def check_number(
   if not fine:
     wanted = ["finite", *wanted] if not math.isfinite(value) else wanted
     raise ValueError(f"{name} is {value}; it should be {' and '.join(wanted)}")
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+  """Puts the name of a config's field before the message of a ValueError.
+
+  Args:
+    where: the field.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    BadInput: from a ValueError in the block.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise BadInput(f"{where}: {error}") from error
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+  """Raises ValueError unless a word is one of those there are.
+
+  Args:
+    name: what to call it in the message.
+    value: the word.
+    choices: the words there are.
+
+  Example:
+    >>> check_choice("mode", "fixed", ("fixed", "live"))
+  """
+  if value not in choices:
+    wanted = ", ".join(repr(choice) for choice in choices)
+    raise ValueError(f"{name} is {value!r}; it should be one of {wanted}")
 
 
 def check_numbers(

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from kd_jax import files
+from kd_jax.data import order
 from kd_jax.errors import BadInput
 
 FORMAT = 1
@@ -97,6 +98,59 @@ def cached(
       _write(path / f"view-{view:05d}.npy", logits)
     bank[view] = logits
   return bank
+
+
+def bank(
+  directory: str | os.PathLike[str],
+  ask: Callable[[Any, int], Any],
+  rows: Callable[[np.ndarray, int], Any],
+  *,
+  n: int,
+  classes: int,
+  views: int,
+  batch_size: int,
+  manifest: Mapping[str, Any],
+  progress: Callable[[str], None] = lambda line: None,
+) -> np.ndarray:
+  """What a teacher says of a finite bank of views, cached on disk.
+
+  Args:
+    directory: see `cached`.
+    ask: `ask(batch, view) -> float32 [batch, classes]`, the teacher's logits
+      for that view of the examples; best compiled.
+    rows: `rows(positions, view) -> batch`: the examples at int[batch]
+      positions, and what else the view is made of.
+    n: examples.
+    classes: of the teacher.
+    views: how many there are of each example.
+    batch_size: examples that the teacher is asked at a time.
+    manifest: see `cached`; the batch size is added.
+    progress: see `cached`.
+
+  Returns:
+    float32 [n, views, classes].
+
+  Raises:
+    BadInput: as `cached`.
+    ValueError: as `cached`.
+  """
+
+  def compute(view: int) -> np.ndarray:
+    parts = [
+      np.asarray(ask(rows(positions, view), view))[mask]
+      for positions, mask in order.eval_batches(n, batch_size)
+    ]
+    return np.concatenate(parts)
+
+  logits = cached(
+    directory,
+    compute,
+    views=views,
+    shape=(n, classes),
+    manifest={**manifest, "batch_size": batch_size},
+    progress=progress,
+  )
+  return logits.swapaxes(0, 1)
 
 
 def _claim(path: pathlib.Path, wanted: Mapping[str, Any]) -> None:

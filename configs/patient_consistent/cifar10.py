@@ -1,104 +1,110 @@
-"""Beyer et al. 2022 at the scale of two CPU cores: a part of CIFAR-10.
+"""Beyer et al. 2022 at the scale of a CPU core: a thousand CIFAR-10 images.
 
-The teacher has seen all 50,000 training images; students get 2,000 of them, as
+The teacher has seen all 50,000 training images; students get 1,000 of them, as
 in the paper a teacher that knows more than the transfer set. Arguments, as
-`--config=configs/patient_consistent/cifar10.py:ARG`:
-  modes     the ways to teach, for a short and a longer time (the default)
+`--config=configs/patient_consistent/cifar10.py:ARG`, joined by "+":
+  modes     the ways to teach, for short, longer and long (the default)
+  ablations temperatures, and SGD (without mixup it is "the same view" above)
   bank      function matching from 1, 4 and 16 cached views of each image
-  smoke     joined to another: a few steps of tiny networks, to try things out
+  vit       the student is a small ViT
+  mobilenet the student is a small MobileNet v3
+  smoke     a few steps of tiny networks, to try things out
 """
 
 from ml_collections import ConfigDict
 
-MODES = {
-  "labels": "labels alone",
-  "hinton": "fixed targets, and a little of the labels",
-  "fixed": "fixed targets",
-  "independent": "independent views",
-  "consistent": "the same view",
-  "function_matching": "function matching",
-}
+from configs.patient_consistent import _common as common
+
+EPOCHS = (30, 100, 300)
+LONG = EPOCHS[-1]
 
 
-def student(label, mode, epochs, **more):
-  """A row of the table: how one student is taught."""
-  fields = {
-    "label": f"{label}, {epochs:g} epochs",
-    "mode": mode,
-    "epochs": float(epochs),
-    "temperature": 1.0,
-    "soft_weight": 1.0,  # of T^2 KL(teacher, student)
-    "hard_weight": 0.0,  # of the cross-entropy with the labels
-    "mixup": 1.0,  # the ratio is Beta(mixup, mixup); 1 is uniform
-    "same_ratio": False,  # one ratio for a batch, as in the authors' code
-    "bank": 0,  # views of each image that are cached; 0: new ones for ever
+def modes():
+  return {
+    f"{name}_{epochs}": common.student(name, epochs)
+    for epochs in EPOCHS
+    for name in common.MODES
   }
-  fields.update(more)
-  return ConfigDict(fields)
 
 
-def modes(epochs=(30, 300)):
-  rows = {}
-  for count in epochs:
-    for name, label in MODES.items():
-      more = {}
-      if name == "labels":
-        more = {"soft_weight": 0.0, "hard_weight": 1.0}
-      elif name == "hinton":
-        more = {"soft_weight": 0.9, "hard_weight": 0.1, "temperature": 4.0}
-      mode = "fixed" if name == "hinton" else name
-      rows[f"{name}_{count}"] = student(label, mode, count, **more)
-  return rows
+def ablations(epochs=100):
+  rows = {f"function_matching_{epochs}": {}}
+  for t in (2.0, 5.0, 10.0):
+    rows[f"t{t:g}"] = {"label": f"function matching, T={t:g}", "temperature": t}
+  rows["sgd"] = {"label": "function matching, SGD", "network": "sgd"}
+  return {
+    name: common.student("function_matching", epochs, **more)
+    for name, more in rows.items()
+  }
 
 
-def bank(epochs=300):
-  rows = {}
+def bank(epochs=100):
+  name = "function_matching"
+  rows = {f"{name}_{epochs}": common.student(name, epochs)}
   for views in (1, 4, 16):
-    rows[f"bank_{views}"] = student(
-      f"function matching, {views} views",
-      "function_matching",
-      epochs,
-      bank=views,
-    )
-  rows[f"function_matching_{epochs}"] = student(
-    MODES["function_matching"], "function_matching", epochs
-  )
+    label = f"function matching, {views} view{'s'[: views > 1]}"
+    rows[f"bank_{views}"] = common.student(name, epochs, label, bank=views)
   return rows
 
 
-STUDIES = {"modes": modes, "bank": bank}
+STUDIES = {"modes": modes, "ablations": ablations, "bank": bank}
+STUDENTS = {
+  "vit": ("vit", {"patch_size": 4, "width": 64, "depth": 4, "heads": 4}),
+  "mobilenet": ("mobilenet_v3", {"norm": "group", "small_inputs": True}),
+}
+WORDS = (*STUDIES, *STUDENTS, "smoke")
 CLAIMS = {
   "modes": (
     (
+      "function matching makes fewer errors than labels alone",
+      f"function_matching_{LONG}",
+      f"labels_{LONG}",
+      "lower",
+    ),
+    (
       "with patience, function matching makes fewer errors than fixed targets",
-      "function_matching_300",
-      "fixed_300",
+      f"function_matching_{LONG}",
+      f"fixed_{LONG}",
+      "lower",
+    ),
+    (
+      "with patience, the same view makes fewer errors than fixed targets",
+      f"consistent_{LONG}",
+      f"fixed_{LONG}",
+      "lower",
+    ),
+    (
+      "with patience, mixup helps on top of the same view",
+      f"function_matching_{LONG}",
+      f"consistent_{LONG}",
       "lower",
     ),
     (
       "the same view makes fewer errors than independent views",
-      "consistent_300",
-      "independent_300",
+      f"consistent_{LONG}",
+      f"independent_{LONG}",
       "lower",
     ),
     (
-      "patience helps function matching",
-      "function_matching_300",
-      "function_matching_30",
+      "function matching gains from 100 to 300 epochs",
+      f"function_matching_{LONG}",
+      "function_matching_100",
       "lower",
     ),
     (
-      "function matching makes fewer errors than labels alone",
-      "function_matching_300",
-      "labels_300",
-      "lower",
+      "fixed targets overfit: 300 epochs make more errors than 100",
+      f"fixed_{LONG}",
+      "fixed_100",
+      "higher",
     ),
   ),
+  "ablations": (),
   "bank": (
+    ("16 views make fewer errors than one", "bank_16", "bank_1", "lower"),
     (
-      "16 views make fewer errors than one",
+      "new views for ever make fewer errors than 16",
+      "function_matching_100",
       "bank_16",
-      "bank_1",
       "lower",
     ),
   ),
@@ -108,72 +114,42 @@ CLAIMS = {
 def get_config(arg="modes"):
   """The settings of the studies in `arg`; see the top of the file."""
   words = (arg or "modes").split("+")
-  studies = [word for word in words if word != "smoke"] or ["modes"]
-  for study in studies:
-    if study not in STUDIES:
-      known = ", ".join([*STUDIES, "smoke"])
+  for word in words:
+    if word not in WORDS:
       raise ValueError(
-        f"unknown argument {study!r}; it should be one of {known}"
+        f"unknown argument {word!r}; it should be one of {', '.join(WORDS)}"
       )
-  c = ConfigDict()
+  studies = [word for word in words if word in STUDIES] or ["modes"]
+  c = common.base("cifar10", "train", "test")
   c.study = arg
-  c.dataset = "cifar10"
-  c.train_split = "train"
-  c.test_split = "test"
-  c.data_dir = ""
-  c.transfer = 2000  # training images that the students get
+  c.transfer = 1000
   c.seeds = (0, 1, 2)
-  c.parallel = "jit"  # or "pmap"
-  c.devices = 0  # how many to use; 0 is all
-  c.steps_per_call = 1  # convolutions inside a scan are slow on CPUs
-  c.eval_every = 500
-  c.save_every = 500
-  c.log_every = 50
-  c.view = ConfigDict(
-    {
-      "crop": "inception",  # or "shift": whole pixels
-      "size": 32,
-      "padding": 4,  # of "shift"
-      "least_area": 0.25,  # of "inception"
-      "flip": True,
-    }
+  c.view.least_area = 0.25
+  c.teachers.teacher = common.network(
+    "cnn",
+    128,
+    3e-3,
+    fields={
+      "layers": ((32, 3, 2), (64, 3, 2), (64, 3, 1)),
+      "pool": False,
+    },
+    weight_decay=1e-4,
+    epochs=12.0,
+    seed=0,
+    checkpoint="",
   )
-  common = {
-    "model": "bit_resnet",
-    "optimizer": "adam",
-    "clip_norm": 1.0,
-    "warmup": 0.05,  # share of the steps
-  }
-  c.teacher = ConfigDict(
-    {
-      **common,
-      "fields": {
-        "depth": (1, 1, 1),
-        "base_width": 32,
-        "groups": 8,
-        "root": "imagenet",
-      },
-      "epochs": 20.0,
-      "batch_size": 128,
-      "learning_rate": 3e-3,
-      "weight_decay": 1e-4,
-      "seed": 0,
-    }
+  fields = {"layers": ((32, 4, 4), (32, 3, 1), (32, 3, 1)), "pool": False}
+  for word in words:
+    if word in STUDENTS:
+      model, fields = STUDENTS[word]
+  if not set(words) & set(STUDENTS):
+    model = "cnn"
+  c.networks.student = common.network(
+    model, 50, 3e-3, fields=fields, weight_decay=1e-5
   )
-  c.student = ConfigDict(
-    {
-      **common,
-      "fields": {
-        "depth": (1, 1, 1),
-        "base_width": 16,
-        "groups": 8,
-        "root": "imagenet",
-      },
-      "batch_size": 128,
-      "learning_rate": 3e-3,
-      "weight_decay": 1e-4,
-    }
-  )
+  c.networks.sgd = c.networks.student.copy_and_resolve_references()
+  c.networks.sgd.optimizer.name = "sgd"
+  c.networks.sgd.optimizer.learning_rate = 0.03
   rows = {}
   for study in studies:
     rows.update(STUDIES[study]())
@@ -181,23 +157,5 @@ def get_config(arg="modes"):
   c.students = ConfigDict(rows)
   c.claims = tuple(claim for study in studies for claim in CLAIMS[study])
   if "smoke" in words:
-    smoke(c)
+    common.smoke(c, ("labels_30", "function_matching_30", "bank_4", "sgd"))
   return c
-
-
-def smoke(c):
-  """Two steps each, on the digits that need no download."""
-  c.dataset = "mnist5k"
-  c.view.size = 28
-  c.seeds = (0,)
-  c.transfer = 40
-  c.teacher.epochs = 0.011
-  for settings in (c.teacher, c.student):
-    settings.batch_size = 16
-    settings.model = "mlp"
-    settings.fields = {"hidden": (8,)}
-  for row in c.students.values():
-    row.epochs = 1.0
-  kept = ("labels_30", "function_matching_30", "bank_4")
-  c.rows = tuple(row for row in c.rows if row in kept)
-  c.claims = ()

@@ -6,18 +6,18 @@ imported by name.
 """
 
 from kd_jax.data.order import batch_ids, epoch_of, eval_batches, partners
-from kd_jax.data.source import Source, batch_at, host_batches, to_arrays
+from kd_jax.data.source import Source, ahead, batch_at, to_arrays
 from kd_jax.data.sources import embedded, load, tfds
 from kd_jax.data.subset import transfer_set
 
 __all__ = [
   "Source",
+  "ahead",
   "batch_at",
   "batch_ids",
   "embedded",
   "epoch_of",
   "eval_batches",
-  "host_batches",
   "load",
   "partners",
   "tfds",

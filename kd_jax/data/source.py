@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import importlib.util
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kd_jax.data import order
 
 Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
 Images = Sequence[np.ndarray] | np.ndarray
 # ids -> (images, labels), in the order of the ids.
 Fetch = Callable[[np.ndarray], tuple[Images, np.ndarray]]
@@ -52,8 +53,7 @@ class Source:
 
   def __getitem__(self, position: int) -> dict[str, Any]:
     """The example at a position: {"id", "image": uint8[H, W, C], "label"}."""
-    ids = self.ids[operator.index(position)][None]
-    images, labels = self._read(ids)
+    ids, images, labels = self.read(np.array([operator.index(position)]))
     return {"id": ids[0], "image": images[0], "label": labels[0]}
 
   def rows(self, positions: np.ndarray) -> Arrays:
@@ -69,8 +69,7 @@ class Source:
       ValueError: if a label is outside the classes or the images differ in
         shape; the message names the id.
     """
-    ids = self.ids[positions]
-    images, labels = self._read(ids)
+    ids, images, labels = self.read(positions)
     return {"id": ids, "image": self._stack(images, ids), "label": labels}
 
   def subset(self, positions: slice | np.ndarray) -> "Source":
@@ -116,7 +115,21 @@ class Source:
   def _where(self) -> str:
     return f"data set {self.name!r} split {self.split!r}"
 
-  def _read(self, ids: np.ndarray) -> tuple[Images, np.ndarray]:
+  def read(
+    self, positions: np.ndarray
+  ) -> tuple[np.ndarray, Images, np.ndarray]:
+    """Examples whose images may differ in shape.
+
+    Args:
+      positions: int[k] positions in this source.
+
+    Returns:
+      (ids int32[k], k images uint8[H, W, C], labels int32[k]).
+
+    Raises:
+      ValueError: if a label is outside the classes; the message names the id.
+    """
+    ids = self.ids[positions]
     images, labels = self.fetch(ids)
     bad = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
     if bad.size:
@@ -125,7 +138,7 @@ class Source:
         f"label {labels[first]} of id {ids[first]} in {self._where()} is "
         f"outside its {self.num_classes} classes [0, {self.num_classes - 1}]"
       )
-    return images, labels.astype(np.int32)
+    return ids, images, labels.astype(np.int32)
 
   def _stack(self, images: Images, ids: np.ndarray) -> np.ndarray:
     if isinstance(images, np.ndarray):
@@ -202,46 +215,46 @@ def batch_at(source: Source, seed: int, step: int, batch_size: int) -> Arrays:
   }
 
 
-def host_batches(
-  source: Source,
-  seed: int,
-  batch_size: int,
-  start_step: int = 0,
-  num_threads: int = 4,
-) -> Iterator[Arrays]:
-  """Endless batches for data that does not fit on the device, read ahead.
+def ahead(read: Callable[[int], T], num_threads: int = 4) -> Callable[[int], T]:
+  """Reads batches ahead of time, for data that does not fit on the device.
 
-  Threads (Grain) read whole batches ahead of time; their number changes
-  nothing but the speed. Batch number `step` is `batch_at(..., step, ...)`.
+  Threads (Grain) call `read` for the steps that come next; their number
+  changes nothing but the speed.
 
   Args:
-    source: where the examples come from.
-    seed: the seed of the order.
-    batch_size: examples in a batch.
-    start_step: the number of the first batch.
+    read: `read(step)`, a pure function, such as `batch_at` of a source.
     num_threads: threads that read, each a batch; 0 reads when asked.
 
   Returns:
-    An iterator of batches as `batch_at` returns them.
+    The same function. It is fast when the steps come in order; after a jump it
+    begins to read ahead from there.
 
   Raises:
-    ValueError: if an argument is wrong; raised by the call itself.
+    ValueError: if num_threads is negative.
     ModuleNotFoundError: if grain is not installed.
   """
-  order.batch_ids(seed, start_step, batch_size, len(source))
   if num_threads < 0:
     raise ValueError(f"num_threads is {num_threads}; it must be 0 or more")
+  if num_threads == 0:
+    return read
   require("grain", "grain")
   import grain
 
-  def read(step: int) -> Arrays:
-    return batch_at(source, seed, step, batch_size)
-
-  steps = grain.MapDataset.range(start_step, start_step + 2**40)
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=2 * num_threads
   )
-  return iter(steps.map(read).to_iter_dataset(options))
+  upcoming: Iterator[T] = iter(())
+  expected = -1
+
+  def batches(step: int) -> T:
+    nonlocal upcoming, expected
+    if step != expected:
+      steps = grain.MapDataset.range(step, step + 2**40)
+      upcoming = iter(steps.map(read).to_iter_dataset(options))
+    expected = step + 1
+    return next(upcoming)
+
+  return batches
 
 
 def require(module: str, packages: str) -> None:

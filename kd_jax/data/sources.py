@@ -28,7 +28,7 @@ def load(name: str, split: str, data_dir: str | None = None) -> Source:
   Args:
     name: as for `embedded` or `tfds`.
     split: a split, or a part of one by position: "train", "train[:55000]",
-      "train[-5000:]".
+      "train[-5000:]", "train[90%:]".
     data_dir: where TFDS data sets are; see `tfds`.
 
   Returns:
@@ -262,28 +262,32 @@ def _find(name: str, data_dir: str | None) -> pathlib.Path:
   )
 
 
-def _parse_split(split: str) -> tuple[str, slice | None]:
-  match = re.fullmatch(r"(\w+)(\[(-?\d+)?:(-?\d+)?\])?", split)
+def _parse_split(split: str) -> tuple[str, tuple[str, str] | None]:
+  bound = r"(?:-?\d+|\d+%)?"
+  match = re.fullmatch(rf"(\w+)(?:\[({bound}):({bound})\])?", split)
   if not match:
     raise ValueError(
-      f"split is {split!r}; it must be as 'train', 'train[:55000]' or "
-      "'train[-5000:]'"
+      f"split is {split!r}; it must be as 'train', 'train[:55000]', "
+      "'train[-5000:]' or 'train[90%:]'"
     )
-  if match[2] is None:
-    return match[1], None
-  start, stop = (int(text) if text else None for text in match.group(3, 4))
-  return match[1], slice(start, stop)
+  return match[1], None if match[2] is None else (match[2], match[3])
 
 
-def _part(source: Source, part: slice | None) -> Source:
+def _part(source: Source, part: tuple[str, str] | None) -> Source:
   if part is None:
     return source
-  for bound in (part.start, part.stop):
-    if bound is not None and abs(bound) > len(source):
+  bounds: list[int | None] = []
+  for text in part:
+    if text.endswith("%"):  # rounded to the nearest example, as TFDS does
+      number = round(len(source) * int(text[:-1]) / 100)
+    else:
+      number = int(text or 0)
+    if abs(number) > len(source):
       raise ValueError(
         f"split is {source.split!r}, but there are only {len(source)} examples"
       )
-  return source.subset(part)
+    bounds.append(number if text else None)
+  return source.subset(slice(*bounds))
 
 
 def _no_split(split: str, name: str, splits: Any) -> str:

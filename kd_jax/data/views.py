@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# What each kind of view folds into the keys; a new kind takes a new number.
-_SHIFT, _CROP, _FLIP, _MIXUP, _RESIZED_CROP = range(5)
+# What each kind of view folds into the keys; a new kind takes a new number
+# (`crops` has 4).
+_SHIFT, _CROP, _FLIP, _MIXUP = range(4)
 
 
 def keys(key: jax.Array, ids: jax.Array, epoch: jax.Array | int) -> jax.Array:
@@ -164,80 +165,6 @@ def random_crop(
       f"size is {window}; it must be within the padded image, {padded}"
     )
   return _random_window(keys, _CROP, images, window, padding, fill)
-
-
-def random_resized_crop(
-  keys: jax.Array,
-  images: jax.Array,
-  size: int | tuple[int, int],
-  *,
-  area: tuple[float, float] = (0.08, 1.0),
-  aspect: tuple[float, float] = (3 / 4, 4 / 3),
-  antialias: bool = False,
-) -> jax.Array:
-  """Cuts a random rectangle out of each image and resizes it ("Inception").
-
-  The rectangle's share of the image is uniform in `area`, its width over
-  height log-uniform in `aspect`, its place uniform; Szegedy et al. 2014,
-  arXiv:1409.4842, Sec. 6. Rectangles that do not fit are drawn again, ten
-  times at most; then the whole image is taken. Its corners are not rounded to
-  pixels.
-
-  Args:
-    keys: keys[batch], from `keys`.
-    images: float[batch, height, width, channels].
-    size: (height, width) of the result, or one number for both.
-    area: least and greatest share of the image's area, within (0, 1].
-    aspect: least and greatest width over height, positive.
-    antialias: smooth before taking fewer pixels than there were.
-
-  Returns:
-    float[batch, size, size, channels], bilinear between pixels.
-
-  Raises:
-    TypeError: if the images are not floating point.
-    ValueError: if the shapes do not fit, or a range is not one.
-  """
-  _check(keys, images)
-  if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise TypeError(f"images is {images.dtype}; call to_float first")
-  window = (size, size) if isinstance(size, int) else tuple(size)
-  if not min(window) > 0:
-    raise ValueError(f"size is {window}; it must be positive")
-  if not 0 < area[0] <= area[1] <= 1:
-    raise ValueError(f"area is {area}; it must be a range within (0, 1]")
-  if not 0 < aspect[0] <= aspect[1]:
-    raise ValueError(f"aspect is {aspect}; it must be a positive range")
-  height, width = images.shape[1:3]
-
-  def cut(key: jax.Array, image: jax.Array) -> jax.Array:
-    shares, ratios, place = jax.random.uniform(
-      _draw(key, _RESIZED_CROP), (3, 10), images.dtype
-    )
-    shares = area[0] + (area[1] - area[0]) * shares
-    ratios = jnp.exp(
-      jnp.log(aspect[0]) + jnp.log(aspect[1] / aspect[0]) * ratios
-    )
-    heights = jnp.sqrt(shares * height * width / ratios)
-    widths = heights * ratios
-    fits = (heights <= height) & (widths <= width)
-    first = jnp.argmax(fits)
-    whole = ~fits[first]
-    h = jnp.where(whole, height, heights[first])
-    w = jnp.where(whole, width, widths[first])
-    scale = jnp.stack([window[0] / h, window[1] / w])
-    corner = jnp.stack([(height - h) * place[0], (width - w) * place[1]])
-    return jax.image.scale_and_translate(
-      image,
-      (*window, image.shape[-1]),
-      (0, 1),
-      scale,
-      -corner * scale,
-      "bilinear",
-      antialias=antialias,
-    )
-
-  return jax.vmap(cut)(keys, images)
 
 
 def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:

@@ -8,7 +8,12 @@ from kd_jax.models.base import (
   from_linen as from_linen,
 )
 from kd_jax.models.bit_resnet import BiTResNet as BiTResNet
-from kd_jax.models.create import create as create
+from kd_jax.models.cnn import CNN as CNN
+from kd_jax.models.combine import (
+  at_resolution as at_resolution,
+  ensemble as ensemble,
+)
+from kd_jax.models.create import create as create, load as load
 from kd_jax.models.dropout import Dropout as Dropout
 from kd_jax.models.mlp import MLP as MLP
 from kd_jax.models.mobilenet_v3 import MobileNetV3 as MobileNetV3

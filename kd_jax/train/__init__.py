@@ -4,15 +4,26 @@ from kd_jax.train.checkpoint import (
   CheckpointError as CheckpointError,
   Checkpoints as Checkpoints,
 )
+from kd_jax.train.checks import (
+  check_comparison as check_comparison,
+  check_periods as check_periods,
+  check_settings as check_settings,
+)
 from kd_jax.train.classifier import (
   Classifier as Classifier,
   view_key as view_key,
 )
+from kd_jax.train.images import Images as Images
 from kd_jax.train.loop import fit as fit
+from kd_jax.train.optimizers import (
+  OPTIMIZERS as OPTIMIZERS,
+  decoupled as decoupled,
+)
 from kd_jax.train.parallel import (
   check_divides as check_divides,
   compile as compile,
 )
+from kd_jax.train.period import Period as Period
 from kd_jax.train.record import record as record
 from kd_jax.train.stages import Stages as Stages
 from kd_jax.train.state import (
@@ -27,8 +38,6 @@ from kd_jax.train.step import (
 )
 from kd_jax.train.study import (
   Study as Study,
-  check_comparison as check_comparison,
-  check_training as check_training,
   use_devices as use_devices,
 )
 from kd_jax.train.workdir import (

@@ -91,12 +91,14 @@ class Classifier:
     workdir: str | os.PathLike[str] | None = None,
     views: int | None = None,
     partners: bool = False,
+    batches: Callable[[int], Mapping[str, np.ndarray]] | None = None,
     **loop: Any,
   ) -> Variables:
     """Trains from scratch, or from where `workdir` was left.
 
     Args:
       frozen: what the step only reads, with `data`, the training arrays.
+        Without `data` the examples come with the batches.
       test: arrays `image` and `label`, for the learning curve only.
       seed: of the initial weights, the order of the examples, the views and
         the dropout.
@@ -105,6 +107,7 @@ class Classifier:
       workdir: the stage's directory.
       views: see `index_batches`.
       partners: see `index_batches`.
+      batches: `batches(step)`, if the examples are read on the host.
       **loop: further arguments of `train.fit`.
 
     Returns:
@@ -130,17 +133,17 @@ class Classifier:
       found = evaluate.classification(logits, test["label"])
       return {"test errors": found["errors"], "test NLL": found["nll"]}
 
+    if batches is None:
+      n = len(frozen["data"]["id"])
+      batches = index_batches(
+        seed, batch_size, n, views=views, partners=partners
+      )
+      loop.setdefault("steps_per_epoch", n // batch_size)
     state = fit(
       self.runner,
       state,
       {**frozen, "view_key": view_key(seed)},
-      index_batches(
-        seed,
-        batch_size,
-        len(frozen["data"]["id"]),
-        views=views,
-        partners=partners,
-      ),
+      batches,
       num_steps=num_steps,
       workdir=workdir,
       evaluate=scores,

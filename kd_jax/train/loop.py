@@ -7,14 +7,17 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from kd_jax.results import duration
 from kd_jax.train.checkpoint import Checkpoints
 from kd_jax.train.parallel import Runner
+from kd_jax.train.period import Period
 from kd_jax.train.state import TrainState
 from kd_jax.train.workdir import MetricWriter, hash_ids
 
@@ -28,9 +31,10 @@ def fit(
   num_steps: int,
   workdir: str | os.PathLike[str] | None = None,
   evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
-  eval_every: int | None = None,
-  save_every: int | None = None,
-  log_every: int = 100,
+  eval_every: int | str | None = None,
+  save_every: int | str | None = None,
+  log_every: int | str = 100,
+  steps_per_epoch: int | None = None,
   title: str = "training",
   progress: bool = True,
 ) -> TrainState:
@@ -50,9 +54,11 @@ def fit(
     workdir: where `checkpoints/`, `metrics.jsonl` and TensorBoard events go.
       None writes nothing (and cannot resume).
     evaluate: `evaluate(state) -> scalars`, at `eval_every` and at the end.
-    eval_every: steps between evaluations; None is only at the end.
-    save_every: steps between checkpoints; None is only at the end.
-    log_every: steps between the lines of `metrics.jsonl`.
+    eval_every: between evaluations: 500, "500 steps", "2 epochs" or
+      "10 minutes"; None is only at the end.
+    save_every: between checkpoints, likewise.
+    log_every: between the lines of `metrics.jsonl`, likewise.
+    steps_per_epoch: for periods in epochs.
     title: what the progress bar says.
     progress: show a progress bar (a line per evaluation where standard error
       is no terminal).
@@ -66,16 +72,14 @@ def fit(
       is saved.
     CheckpointError: if checkpoints cannot be written or none can be trusted.
     SystemExit: with code 143 after SIGTERM, once the state is saved.
-    ValueError: if a period is not positive.
+    ValueError: if a period is not one, or num_steps not positive.
   """
-  for name, period in (
-    ("num_steps", num_steps),
-    ("eval_every", eval_every),
-    ("save_every", save_every),
-    ("log_every", log_every),
-  ):
-    if period is not None and period < 1:
-      raise ValueError(f"{name} is {period}; it should be at least 1")
+  if num_steps < 1:
+    raise ValueError(f"num_steps is {num_steps}; it should be at least 1")
+  evals = Period("eval_every", eval_every, steps_per_epoch)
+  saves = Period("save_every", save_every, steps_per_epoch)
+  logs = Period("log_every", log_every, steps_per_epoch)
+  clocks = [period for period in (evals, saves) if period.seconds]
 
   with contextlib.ExitStack() as stack:
     checkpoints = writer = None
@@ -122,7 +126,7 @@ def fit(
         save(at, good.replace(skipped=good.skipped - 1))
         raise FloatingPointError(message)
       for i, batch in enumerate(inputs):
-        if (begin + i + 1) % log_every == 0 and writer is not None:
+        if writer is not None and logs.due(begin + i + 1):
           scalars = {k: v[i] for k, v in metrics.items() if k != "ok"}
           ids = batch["id"] if "id" in batch else batch.get("index")
           extra = {} if ids is None else {"ids": hash_ids(ids)}
@@ -130,11 +134,8 @@ def fit(
       bar.advance(begin + len(inputs), metrics["loss"][-1])
 
     while step < num_steps:
-      ends = [num_steps]
-      for every in (eval_every, save_every):
-        if every is not None:
-          ends.append((step // every + 1) * every)
-      count = min(runner.steps_per_call, min(ends) - step)
+      end = min(num_steps, evals.end(step), saves.end(step))
+      count = min(runner.steps_per_call, int(end) - step)
       inputs = [batches(step + i) for i in range(count)]
       if runner.steps_per_call == 1:
         batch = inputs[0]
@@ -146,10 +147,11 @@ def fit(
       settle()
       pending = (step, inputs, metrics)
       step += count
-      due_eval = evaluate is not None and (
-        step == num_steps or (eval_every and step % eval_every == 0)
-      )
-      due_save = step == num_steps or (save_every and step % save_every == 0)
+      due_eval, due_save = evals.due(step), saves.due(step)
+      if clocks:
+        due_eval, due_save = _agreed(due_eval, due_save)
+      due_eval = evaluate is not None and (due_eval or step == num_steps)
+      due_save = due_save or step == num_steps
       if due_eval or due_save or stopped:
         settle()
       if due_eval:
@@ -163,6 +165,15 @@ def fit(
         bar.say(f"{title}: stopped by SIGTERM, saved step {step}")
         raise SystemExit(143)
     return runner.unreplicate(state)
+
+
+def _agreed(*flags: bool) -> list[bool]:
+  """What process 0 says: clocks of several machines differ."""
+  if jax.process_count() == 1:
+    return list(flags)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.broadcast_one_to_all(np.array(flags)).tolist()
 
 
 def _diagnose(
@@ -209,6 +220,7 @@ class _Progress:
 
   def __init__(self, title: str, step: int, num_steps: int, progress: bool):
     self._title, self._num_steps = title, num_steps
+    self._first, self._began = step, time.monotonic()
     self._on = progress and jax.process_index() == 0
     self._terminal = self._on and sys.stderr.isatty()
     self._bar = tqdm(
@@ -235,7 +247,10 @@ class _Progress:
     shown = [f", {name} {value:.4g}" for name, value in scalars.items()]
     self._scores = "".join(shown[:1])  # the bar needs the room
     if not self._terminal:
-      self.say(f"{self._title}: step {step}/{self._num_steps}{''.join(shown)}")
+      to_go = (time.monotonic() - self._began) * (self._num_steps - step)
+      left = f", {duration(to_go / (step - self._first))} left" if to_go else ""
+      at = f"step {step}/{self._num_steps}"
+      self.say(f"{self._title}: {at}{''.join(shown)}{left}")
 
   def say(self, line: str) -> None:
     if self._terminal:

@@ -246,7 +246,8 @@ def gather_batch(
     The same step, whose `frozen` has a further entry `data`, a dict of arrays
     with a common leading axis, and whose `batch` has `index`, int32 [batch],
     the rows to take. If there is `partner`, int32 [batch], those rows become a
-    dict under that name. Other entries of `batch` are passed on.
+    dict under that name. Other entries of `batch` are passed on; a batch
+    without `index` holds its examples itself.
   """
 
   def with_data(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,6 +259,8 @@ def gather_batch(
       axis_name: str | None = None,
     ) -> Any:
       rest = dict(batch)
+      if "index" not in rest:
+        return function(state, frozen, rest, axis_name=axis_name)
       index = rest.pop("index")
       rows = {name: x[index] for name, x in frozen["data"].items()}
       if "partner" in rest:

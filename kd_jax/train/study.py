@@ -8,61 +8,10 @@ import jax
 import numpy as np
 
 from kd_jax import compression
-from kd_jax.errors import check_number, check_numbers
 from kd_jax.scoreboard import Scoreboard
+from kd_jax.train.checks import PERIODS
 from kd_jax.train.classifier import Classifier, Variables
-from kd_jax.train.parallel import check_divides
 from kd_jax.train.stages import Stages
-
-_ONCE = {"least": 1}
-_POSITIVE = {"above": 0}
-
-
-def check_comparison(
-  rows: Sequence[str],
-  claims: Sequence[Sequence[str]],
-  seeds: Sequence[int],
-  *,
-  derived: Sequence[str] = (),
-) -> None:
-  """Refuses a comparison that could not be reported.
-
-  Args:
-    rows: names of the settings that will be trained.
-    claims: (claim, row a, row b, direction), see `Scoreboard.compare`.
-    seeds: of the students.
-    derived: further rows that the experiment computes.
-
-  Raises:
-    ValueError: if a claim speaks of a row that is not there, or the seeds are
-      empty or not distinct.
-  """
-  claimed = {row for claim in claims for row in claim[1:3]}
-  missing = claimed - {*rows, *derived}
-  if missing:
-    raise ValueError(
-      f"claims speak of {sorted(missing)}, which rows leaves out; set claims"
-    )
-  if not seeds or len(set(seeds)) < len(seeds):
-    raise ValueError(f"seeds is {seeds}; it should name distinct seeds")
-
-
-def check_training(
-  name: str, settings: Mapping[str, Any], devices: int
-) -> None:
-  """Checks `steps`, `learning_rate` and `batch_size` of a config group.
-
-  Args:
-    name: the group's name, for the message.
-    settings: the group.
-    devices: how many devices share a batch.
-
-  Raises:
-    ValueError: if a number is out of range, or the batch does not divide.
-  """
-  check_numbers(name, settings, steps=_ONCE, learning_rate=_POSITIVE)
-  check_number(f"{name}.batch_size", settings["batch_size"], least=1)
-  check_divides(settings["batch_size"], devices)
 
 
 class Study:
@@ -79,7 +28,7 @@ class Study:
     path: pathlib.Path,
     test: Mapping[str, np.ndarray],
     total: int,
-    **periods: int,
+    config: Mapping[str, Any],
   ):
     """Opens the table.
 
@@ -87,13 +36,14 @@ class Study:
       path: the run's directory.
       test: arrays `image` and `label`.
       total: how many networks will be trained.
-      **periods: `eval_every`, `save_every`, `log_every`, in steps.
+      config: has the periods `eval_every`, `save_every` and `log_every`, as
+        `train.fit` takes them.
     """
     self.board = Scoreboard(test["label"])
     self.stages = Stages(path, total)
     self.costs: dict[str, dict[str, Any]] = {}
     self._test = test
-    self._periods: dict[str, Any] = dict(periods)
+    self._periods = {name: config[name] for name in PERIODS}
 
   def train(
     self,
@@ -117,7 +67,7 @@ class Study:
       kind: the network's title in the table of costs.
       seed: see `Classifier.fit`.
       settings: has `steps` and `batch_size`.
-      **batches: `views` and `partners` of `Classifier.fit`.
+      **batches: `views`, `partners`, `batches` of `Classifier.fit`.
 
     Returns:
       (its variables after the last step, its logits for the test set).
@@ -136,10 +86,16 @@ class Study:
       **self._periods,
       **batches,
     )
+    return variables, self.test(net, variables, kind=kind)
+
+  def test(
+    self, net: Classifier, variables: Variables, *, kind: str
+  ) -> np.ndarray:
+    """A network's logits for the test set; the first of a kind is timed."""
     images = self._test["image"]
     if kind not in self.costs:
       self.costs[kind] = compression.cost(net.logits, variables, images[:100])
-    return variables, net.predict(variables, images)
+    return net.predict(variables, images)
 
   def result(
     self, claims: Sequence[tuple[str, str, str, str]], **fields: Any

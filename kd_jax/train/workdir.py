@@ -18,7 +18,7 @@ from kd_jax.errors import BadInput
 from kd_jax.files import write_text
 
 # What may differ when a run is taken up again: none of it changes the numbers.
-SAFE_FIELDS = ("log_every", "save_every", "progress")
+SAFE_FIELDS = ("log_every", "save_every", "eval_every", "progress")
 
 
 @contextlib.contextmanager

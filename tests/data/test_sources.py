@@ -2,7 +2,6 @@ import csv
 import gzip
 import hashlib
 import importlib.util
-import itertools
 import pathlib
 import subprocess
 import sys
@@ -127,6 +126,9 @@ def test_parts_by_position_keep_their_ids():
   head = data.load("mnist5k", "train[:2500]")
   tail = data.load("mnist5k", "train[2500:]")
   last = data.load("mnist5k", "train[-500:]")
+  percent = data.load("mnist5k", "train[17%:90%]")
+  whole = data.load("mnist5k", "train")
+  np.testing.assert_array_equal(percent.ids, whole.ids[510:2700])
   assert len(head) == 2500
   assert np.array_equal(np.concatenate([head.ids, tail.ids]), whole.ids)
   assert np.array_equal(last.ids, tail.ids)
@@ -143,7 +145,8 @@ def test_parts_by_position_keep_their_ids():
     ("train[:3001]", "there are only 3000 examples"),
     ("train[-3001:]", "there are only 3000 examples"),
     ("train[5:5]", "chooses nothing"),
-    ("train[:50%]", r"split is 'train\[:50%\]'; it must be as"),
+    ("train[:0.5%]", r"split is 'train\[:0.5%\]'; it must be as"),
+    ("train[:101%]", "there are only 3000 examples"),
     ("train+test", "it must be as 'train'"),
     ("", "split is ''"),
   ],
@@ -231,7 +234,7 @@ def test_images_of_unequal_shape(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_host_batches_equal_the_path_on_device(tiny, threads):
+def test_batches_read_ahead_equal_the_path_on_device(tiny, threads):
   source = data.load("tiny", "train", tiny[0])
   arrays = jax.device_put(data.to_arrays(source))
 
@@ -239,31 +242,31 @@ def test_host_batches_equal_the_path_on_device(tiny, threads):
   def on_device(positions):
     return {key: value[positions] for key, value in arrays.items()}
 
-  batches = data.host_batches(source, 5, 12, start_step=2, num_threads=threads)
-  for step, batch in zip(range(2, 9), batches, strict=False):
+  def read(step):
+    return data.batch_at(source, 5, step, 12)
+
+  batches = data.ahead(read, num_threads=threads)
+  for step in (2, 3, 4, 5, 1, 2):
+    batch = batches(step)
     expected = on_device(order.batch_ids(5, step, 12, 40))
-    epoch = step // 3
     assert set(batch) == {"id", "image", "label", "epoch"}
     for key, value in expected.items():
       assert batch[key].dtype == value.dtype
       assert np.array_equal(batch[key], value)
-    assert batch["epoch"].tolist() == [epoch] * 12
+    assert batch["epoch"].tolist() == [step // 3] * 12
     assert batch["epoch"].dtype == np.int32
-    alone = data.batch_at(source, 5, step, 12)
-    assert all(np.array_equal(batch[key], alone[key]) for key in batch)
 
 
-def test_host_batches_report_what_is_wrong():
+def test_reading_ahead_reports_what_is_wrong():
   images, labels = make_arrays(6)
   source = make_source(images, labels)
-  with pytest.raises(ValueError, match="batch_size is 7"):
-    data.host_batches(source, 0, 7)
   with pytest.raises(ValueError, match="num_threads is -1"):
-    data.host_batches(source, 0, 2, num_threads=-1)
+    data.ahead(lambda step: step, num_threads=-1)
   labels[4] = 9
-  batches = data.host_batches(source, 0, 2, num_threads=2)
+  batches = data.ahead(lambda step: data.batch_at(source, 0, step, 2), 2)
   with pytest.raises(ValueError, match="label 9 of id 104"):
-    list(itertools.islice(batches, 3))
+    for step in range(3):
+      batches(step)
 
 
 # TFDS.

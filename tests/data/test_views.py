@@ -6,7 +6,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from kd_jax.data import views
+from kd_jax.data import crops, views
 
 KEY = jax.random.key(11)
 
@@ -55,7 +55,7 @@ def assert_uniform(counts):
 
 
 ALL_VIEWS = {
-  "resized crop": lambda keys, x: views.random_resized_crop(
+  "resized crop": lambda keys, x: crops.random_resized_crop(
     keys, jnp.asarray(x, jnp.float32), 5
   ),
   "shift": lambda keys, x: views.random_shift(keys, x, max_shift=2),
@@ -180,63 +180,6 @@ def test_crop_takes_every_window():
 def test_crop_of_the_whole_image():
   images = make_images(4, 5, 5)
   assert np.array_equal(views.random_crop(make_keys(4), images, 5), images)
-
-
-def bilinear(image, top, left, height, width, size):
-  """Resizes a rectangle with real corners, pixel by pixel, in float64."""
-  result = np.zeros((size, size))
-  for i in range(size):
-    for j in range(size):
-      y = top + (i + 0.5) * height / size - 0.5
-      x = left + (j + 0.5) * width / size - 0.5
-      weight_y = np.maximum(0, 1 - abs(np.arange(image.shape[0]) - y))
-      weight_x = np.maximum(0, 1 - abs(np.arange(image.shape[1]) - x))
-      weights = np.outer(weight_y, weight_x)  # less than 1 beyond the border
-      result[i, j] = (weights * image).sum() / weights.sum()
-  return result
-
-
-def test_resized_crop_is_a_bilinear_rectangle():
-  """The corners are found from two ramps, the pixels then from noise."""
-  height, width, batch = 20, 30, 200
-  y, x = np.mgrid[:height, :width].astype(np.float32)
-  noise = np.random.default_rng(0).normal(size=(height, width))
-  image = np.stack([y, x, noise], -1).astype(np.float32)
-  images = jnp.broadcast_to(image, (batch, *image.shape))
-  out = np.asarray(
-    views.random_resized_crop(
-      make_keys(batch), images, 8, area=(0.2, 0.9), aspect=(0.5, 2.0)
-    ),
-    np.float64,
-  )
-  # Inside, a ramp stays a ramp; its step is the rectangle's size over 8.
-  step_y, step_x = (
-    out[:, 4, 4, 0] - out[:, 3, 4, 0],
-    (out[:, 4, 4, 1] - out[:, 4, 3, 1]),
-  )
-  h, w = 8 * step_y, 8 * step_x
-  top = out[:, 4, 4, 0] + 0.5 - 4.5 * step_y
-  left = out[:, 4, 4, 1] + 0.5 - 4.5 * step_x
-  share, ratio = h * w / (height * width), w / h
-  assert np.all((share > 0.2 - 1e-4) & (share < 0.9 + 1e-4))
-  assert np.all((ratio > 0.5 - 1e-3) & (ratio < 2 + 1e-3))
-  slack = 1e-3
-  assert np.all((top > -slack) & (top + h < height + slack))
-  assert np.all((left > -slack) & (left + w < width + slack))
-  # Not always the middle, nor always one size.
-  for number in (share, ratio, top, left):
-    assert number.std() > 0.05 * number.mean()
-  for i in range(3):
-    expected = bilinear(image[..., 2], top[i], left[i], h[i], w[i], 8)
-    np.testing.assert_allclose(out[i, ..., 2], expected, atol=1e-3)
-
-
-def test_resized_crop_that_never_fits_is_the_whole_image():
-  images = jnp.asarray(make_images(3, 8, 8), jnp.float32)
-  out = views.random_resized_crop(
-    make_keys(3), images, 8, area=(1.0, 1.0), aspect=(3.0, 4.0)
-  )
-  np.testing.assert_allclose(out, images, atol=1e-4)
 
 
 def test_mixup_with_one_ratio_for_the_batch():
@@ -385,32 +328,6 @@ def test_only_uint8_becomes_float(dtype):
       lambda keys, images: views.random_flip(keys[:1], images),
       ValueError,
       r"\(1,\)",
-    ),
-    (
-      lambda keys, images: views.random_resized_crop(keys, images, 4),
-      TypeError,
-      "is uint8",
-    ),
-    (
-      lambda keys, images: views.random_resized_crop(
-        keys, views.to_float(images), 0
-      ),
-      ValueError,
-      "size is",
-    ),
-    (
-      lambda keys, images: views.random_resized_crop(
-        keys, views.to_float(images), 4, area=(0.5, 1.5)
-      ),
-      ValueError,
-      "area is",
-    ),
-    (
-      lambda keys, images: views.random_resized_crop(
-        keys, views.to_float(images), 4, aspect=(2.0, 1.0)
-      ),
-      ValueError,
-      "aspect is",
     ),
     (lambda keys, images: views.mixup(keys, images), TypeError, "is uint8"),
     (

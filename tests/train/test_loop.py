@@ -120,3 +120,56 @@ def test_progress_is_a_line_where_there_is_no_terminal(problem, capfd):
 def test_periods_are_positive(problem, name):
   with pytest.raises(ValueError, match=f"{name} is 0"):
     problem.fit(**{name: 0})
+
+
+def test_saving_by_the_clock_gives_the_same_bits(
+  problem, same, tmp_path, monkeypatch
+):
+  now = 0.0
+
+  def clock():
+    nonlocal now
+    now += 11.0
+    return now
+
+  whole = problem.fit(save_every=4, per_call=2)
+  with monkeypatch.context() as patch:
+    patch.setattr("kd_jax.train.period.time.monotonic", clock)
+    saved = problem.fit(
+      workdir=tmp_path,
+      save_every="1 minute",
+      eval_every="0.5 minutes",
+      evaluate=lambda state: {"at": float(state.step)},
+      per_call=2,
+      num_steps=11,
+    )
+  assert int(saved.step) == 11
+  at = [row["at"] for row in lines(tmp_path) if "at" in row]
+  assert 2 <= len(at) < 6 and at[-1] == 11
+  resumed = problem.fit(workdir=tmp_path, per_call=2)
+  same(resumed.params, whole.params, exact=True)
+
+
+def test_epochs_are_periods_too(problem, tmp_path):
+  evaluate = lambda state: {"at": float(state.step)}
+  problem.fit(
+    workdir=tmp_path,
+    eval_every="1 epoch",
+    steps_per_epoch=4,
+    evaluate=evaluate,
+    num_steps=10,
+  )
+  at = [row["at"] for row in lines(tmp_path) if "at" in row]
+  assert at == [4, 8, 10]
+
+
+def test_where_there_is_no_terminal_the_time_left_is_said(
+  problem, capsys, tmp_path
+):
+  problem.fit(
+    progress=True, eval_every=5, evaluate=lambda state: {"errors": 3.0}
+  )
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 3
+  assert "step 5/12, errors 3, " in said[0] and said[0].endswith(" s left")
+  assert said[2].endswith("step 12/12, errors 3")

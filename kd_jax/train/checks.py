@@ -1,0 +1,98 @@
+"""Checks of an experiment's settings, before anything is compiled."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kd_jax.errors import check_number
+from kd_jax.train.parallel import check_divides
+from kd_jax.train.period import Period
+
+PERIODS = ("eval_every", "save_every", "log_every")
+
+# What the fields of a config mean, and so which values they can have.
+_RANGES: dict[str, dict[str, float]] = {
+  "steps": {"least": 1},
+  "epochs": {"above": 0},
+  "batch_size": {"least": 1},
+  "learning_rate": {"above": 0},
+  "weight_decay": {"least": 0},
+  "warmup": {"least": 0},
+  "clip_norm": {"above": 0},
+  "temperature": {"above": 0},
+  "soft_weight": {"least": 0},
+  "hard_weight": {"least": 0},
+  "mixup": {"above": 0},
+  "bank": {"least": 0},
+  "dropout": {"least": 0, "most": 0.99},
+  "input_dropout": {"least": 0, "most": 0.99},
+  "fraction": {"above": 0, "most": 1},
+  "least_area": {"above": 0, "most": 1},
+  "padding": {"least": 0},
+  "size": {"least": 0},
+  "readers": {"least": 0},
+}
+
+
+def check_comparison(
+  rows: Sequence[str],
+  claims: Sequence[Sequence[str]],
+  seeds: Sequence[int],
+  *,
+  derived: Sequence[str] = (),
+) -> None:
+  """Refuses a comparison that could not be reported.
+
+  Args:
+    rows: names of the settings that will be trained.
+    claims: (claim, row a, row b, direction), see `Scoreboard.compare`.
+    seeds: of the students.
+    derived: further rows that the experiment computes.
+
+  Raises:
+    ValueError: if a claim speaks of a row that is not there, or the seeds are
+      empty or not distinct.
+  """
+  claimed = {row for claim in claims for row in claim[1:3]}
+  missing = claimed - {*rows, *derived}
+  if missing:
+    raise ValueError(
+      f"claims speak of {sorted(missing)}, which rows leaves out; set claims"
+    )
+  if not seeds or len(set(seeds)) < len(seeds):
+    raise ValueError(f"seeds is {seeds}; it should name distinct seeds")
+
+
+def check_periods(config: Mapping[str, Any]) -> None:
+  """Raises ValueError unless `eval_every`, ... of a config are periods."""
+  for name in PERIODS:
+    Period(name, config[name], steps_per_epoch=1)
+
+
+def check_settings(
+  where: str, settings: Mapping[str, Any], *, devices: int = 1
+) -> None:
+  """Checks the fields of a config group that are known by their names.
+
+  `learning_rate`, `temperature`, `batch_size`, `dropout` and the like mean the
+  same everywhere, so their ranges stand in one place.
+
+  Args:
+    where: the group's name, for the message.
+    settings: the group, with its subgroups; fields of other names are the
+      caller's.
+    devices: how many share a batch.
+
+  Raises:
+    ValueError: if a value is out of range, or the batch does not divide.
+
+  Example:
+    >>> check_settings("student", {"temperature": 4.0, "hidden": (8, 8)})
+  """
+  for field, value in settings.items():
+    name = f"{where}.{field}" if where else field
+    if hasattr(value, "items"):
+      check_settings(name, value)
+    elif field in _RANGES:
+      check_number(name, value, **_RANGES[field])
+  if "batch_size" in settings:
+    check_divides(settings["batch_size"], devices)
