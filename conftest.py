@@ -7,7 +7,11 @@ import sys
 from hypothesis import settings
 
 _ROOT = pathlib.Path(__file__).parent
-_DEVICES = "--xla_force_host_platform_device_count"
+_FLAGS = {
+  "--xla_force_host_platform_device_count": 8,
+  # Most of a test's time is compilation, and LLVM's optimiser most of that.
+  "--xla_backend_optimization_level": 0,
+}
 _PYTHON = "{}.{}".format(*sys.version_info)
 _CACHE = _ROOT / ".cache" / f"jax-py{_PYTHON}"
 
@@ -15,13 +19,14 @@ _CACHE = _ROOT / ".cache" / f"jax-py{_PYTHON}"
 def _prepare_environment() -> None:
   """Sets defaults; what the caller has set in the environment stays."""
   flags = os.environ.get("XLA_FLAGS", "")
-  if _DEVICES not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {_DEVICES}=8".strip()
+  for flag, value in _FLAGS.items():
+    if flag not in flags:
+      flags = f"{flags} {flag}={value}".strip()
+  os.environ["XLA_FLAGS"] = flags
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   # XLA sizes its thread pool by this. With fewer threads than devices in
   # flight, a collective can wait for a thread for ever, and XLA then aborts.
   os.environ.setdefault("NPROC", "16")
-  # Most of a test's time is compilation.
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

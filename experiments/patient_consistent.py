@@ -120,7 +120,6 @@ def load(config):
   train.check_comparison(config.rows, config.claims, config.seeds)
   train.check_periods(config)
   train.check_settings("", config)
-  train.check_settings("view", config.view)
   view, devices = config.view, len(train.use_devices(config.devices))
   check_choice("view.crop", view.crop, ("shift", "inception"))
   how = {"evaluation": tuple(config.evaluation), "readers": config.readers}
@@ -136,7 +135,7 @@ def load(config):
     check_number("view.size", view.size, least=1, most=side)
 
   def check(where, s, images):
-    train.check_settings(where, s, devices=devices)
+    train.check_divides(s.batch_size, devices)
     train.index_batches(0, s.batch_size, images.n)  # raises if that is too few
     network(config, s, {"mode": "labels"}, 1, source.num_classes)
 
@@ -152,7 +151,7 @@ def load(config):
   for name in config.rows:
     row, where = config.students[name], f"students.{name}"
     check_choice(f"{where}.mode", row.mode, MODES)
-    train.check_settings(where, row)
+    check_choice(f"{where}.network", row.network, tuple(config.networks))
     check(where, config.networks[row.network], part)
     if row.bank and (view.on_host or row.mode not in MODES[3:]):
       raise ValueError(
@@ -175,12 +174,10 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
     net = network(config, s, row, steps, num_classes, teacher)
     key, mixed = train.view_key(seed), row["mode"] == "function_matching"
     keys, weights = keys_of(key, row["mode"]), ("soft_weight", "hard_weight")
-    arrays, more = images.feed(
-      seed, s.batch_size, keys=keys, views=row["bank"], partners=mixed
-    )
     frozen = {"hparams": {k: row[k] for k in ("temperature", *weights)}}
+    columns = {}
     if row["bank"]:
-      arrays["teacher_logits"] = images.bank(
+      columns["teacher_logits"] = images.bank(
         path / "banks" / f"{name}-seed{seed}",
         lambda variables, rows: (
           teacher.apply(variables, student_view(key, rows, config.view, row))[
@@ -197,14 +194,20 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
       )
     elif row["mode"] == "fixed":
       fixed = ask(teacher, variables, images.evaluated()["image"])
-      arrays["teacher_logits"] = fixed[:, None]
+      columns["teacher_logits"] = fixed[:, None]
     elif row["mode"] != "labels":
       frozen["teacher"] = variables
-    if arrays:
-      frozen["data"] = arrays
+    entries, more = images.feed(
+      seed,
+      s.batch_size,
+      keys=keys,
+      views=row["bank"],
+      partners=mixed,
+      columns=columns,
+    )
     found = study.train(
       net,
-      frozen,
+      {**frozen, **entries},
       name=name,
       title=row["label"],
       kind=name if teacher is None else row["network"],

@@ -5,7 +5,7 @@ many sizes (photographs) are decoded and cropped on the host; the rectangle is
 drawn from the same key, so it is the same rectangle.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -271,7 +271,11 @@ def random_crops(
 
 
 def crop_batches(
-  crops: Callable[[np.ndarray, int], Arrays], seed: int, batch_size: int, n: int
+  crops: Callable[[np.ndarray, int], Arrays],
+  seed: int,
+  batch_size: int,
+  n: int,
+  columns: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[int], Arrays]:
   """Whole batches of `random_crops`, a pure function of the step.
 
@@ -280,10 +284,11 @@ def crop_batches(
     seed: of the order.
     batch_size: examples in a batch.
     n: examples in the source.
+    columns: [n, ...] what else belongs to each example, by name.
 
   Returns:
-    `batches(step)`: what `crops` gives, and "epoch", int32[batch]. Give it to
-    `ahead`, to read before the batch is needed.
+    `batches(step)`: what `crops` gives, "epoch", int32[batch], and the columns'
+    rows. Give it to `ahead`, to read before the batch is needed.
 
   Raises:
     ValueError: if the batch is larger than the source.
@@ -292,7 +297,9 @@ def crop_batches(
 
   def batches(step: int) -> Arrays:
     epoch = order.epoch_of(step, batch_size, n)
-    batch = crops(order.batch_ids(seed, step, batch_size, n), epoch)
-    return {**batch, "epoch": np.full(batch_size, epoch, np.int32)}
+    positions = order.batch_ids(seed, step, batch_size, n)
+    rows = {name: value[positions] for name, value in (columns or {}).items()}
+    epochs = np.full(batch_size, epoch, np.int32)
+    return {**crops(positions, epoch), **rows, "epoch": epochs}
 
   return batches

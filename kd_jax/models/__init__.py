@@ -1,5 +1,6 @@
 """Reference models, and the two functions by which any other model joins."""
 
+from kd_jax.models import bit_npz as bit_npz
 from kd_jax.models.base import (
   Model as Model,
   Outputs as Outputs,

@@ -221,7 +221,7 @@ def _fit(path: Path, entry: str, array: Any, leaf: Any) -> np.ndarray:
     )
   expected = _shape_in_file(entry, leaf)
   if array.shape != expected:
-    if entry == _HEAD + "conv2d/kernel" and array.shape[:-1] == expected[:-1]:
+    if entry.startswith(_HEAD) and array.shape[:-1] == expected[:-1]:
       raise BadInput(
         f"{path} has {array.shape[-1]} classes; it should have {expected[-1]}"
         + _head_hint({entry})

@@ -172,6 +172,7 @@ class Images:
     keys: Sequence[jax.Array],
     views: int = 0,
     partners: bool = False,
+    columns: Mapping[str, np.ndarray] | None = None,
   ) -> tuple[dict[str, Any], dict[str, Any]]:
     """How `Classifier.fit` gets at them.
 
@@ -182,15 +183,18 @@ class Images:
       views: of each image, which then come again; 0 is a new one for ever.
       partners: see `train.index_batches`; images from the host are mixed
         within their batch.
+      columns: [n, ...] what else belongs to each image, by name; it comes with
+        the batches.
 
     Returns:
-      (the arrays on the device by name, arguments of `Classifier.fit`).
+      (entries of `frozen`, arguments of `Classifier.fit`).
 
     Raises:
       ValueError: if `views` is given for images that are read on the host.
     """
     if self.arrays is not None:
-      return dict(self.arrays), {"views": views or None, "partners": partners}
+      data = {**self.arrays, **(columns or {})}
+      return {"data": data}, {"views": views or None, "partners": partners}
     if views:
       raise ValueError(
         f"views is {views}; images read on the host have no bank"
@@ -201,6 +205,7 @@ class Images:
       seed,
       batch_size,
       self.n,
+      columns,
     )
     return {}, {
       "batches": ahead(read, self._readers),

@@ -1,7 +1,10 @@
 """Who sees which view: what makes a teacher consistent."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
@@ -37,6 +40,7 @@ def batch(epoch=3, rows=(4, 0, 7)):
 def settings(mode, crop="inception", **more):
   config = cifar10.get_config("modes+smoke")
   config.view.crop, config.view.size = crop, 8
+  config.view.on_host = more.pop("on_host", False)
   row = config.students[config.rows[0]].to_dict() | {"mode": mode, **more}
   return config.view, row
 
@@ -51,7 +55,7 @@ def probe(seen):
   return models.Model(lambda key, images: {}, apply)
 
 
-def shown(mode, data=None, **more):
+def shown(mode, data=None, drop=None, **more):
   """What student and teacher see, and the terms, in one step."""
   view, row = settings(mode, **more)
   student, teacher = [], []
@@ -60,9 +64,9 @@ def shown(mode, data=None, **more):
   )
   hparams = {"temperature": 2.0, "soft_weight": 1.0, "hard_weight": 1.0}
   frozen = {"view_key": KEY, "hparams": hparams, "teacher": {}}
-  terms, _ = loss_fn(
-    {"model": {}}, {"model": {}}, frozen, {**batch(), **(data or {})}, None
-  )
+  rows = {**batch(), **(data or {})}
+  rows.pop(drop, None)
+  terms, _ = loss_fn({"model": {}}, {"model": {}}, frozen, rows, None)
   return student, teacher, terms
 
 
@@ -88,8 +92,9 @@ def test_function_matching_mixes_the_partners_own_view():
   student, _, _ = shown("function_matching")
   view, _ = settings("consistent")
   now = batch()
-  own = patient_consistent.look(KEY, now, now["epoch"], view)
-  other = patient_consistent.look(KEY, now["partner"], now["epoch"], view)
+  partner = {**now["partner"], "epoch": now["epoch"]}
+  own = patient_consistent.look(KEY, now, view)
+  other = patient_consistent.look(KEY, partner, view)
   keys = views.keys(KEY, now["id"], now["epoch"])
   r = np.float64(views.mix_ratios(keys))[:, None, None, None]
   np.testing.assert_allclose(
@@ -113,42 +118,100 @@ def test_fixed_targets_are_those_that_were_given():
   assert not teacher and np.all(terms["soft"].value > 0)
 
 
-def test_a_bank_replays_what_the_teacher_says_live(tmp_path):
-  config = cifar10.get_config("bank+smoke")
-  config.view.size = 8
-  row = config.students["bank_4"].to_dict()
-  model = models.create("mlp", CLASSES, hidden=(16,))
-  data = pool()
-  teacher = model.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
-  # A network whose answers differ from image to image.
-  teacher = jax.tree.map(lambda x: x + 0.1, teacher)
-  net = patient_consistent.network(
-    config, config.teacher, {**row, "steps": 1}, CLASSES
-  )
-  net.model = model
-  found = patient_consistent.bank(
-    config, "x", row, 0, net, teacher, data, (N, CLASSES), tmp_path
-  )
-  assert found.shape == (N, 4, CLASSES)
-  assert np.ptp(found, axis=1).min() > 0  # each view has its own answer
-  key = train.view_key(0)
+@pytest.mark.parametrize("mode", ["consistent", "function_matching"])
+def test_images_from_the_host_are_only_flipped_and_mixed(mode):
+  now = batch()
+  del now["partner"]
+  student, teacher, _ = shown(mode, now, on_host=True, drop="partner")
+  np.testing.assert_array_equal(student[0], teacher[0])
+  keys = views.keys(KEY, now["id"], now["epoch"])
+  x = 2.0 * views.random_flip(keys, views.to_float(now["image"])) - 1.0
+  if mode == "function_matching":
+    r = np.float64(views.mix_ratios(keys))[:, None, None, None]
+    x = r * x + (1 - r) * np.roll(x, 1, 0)
+  np.testing.assert_allclose(student[0], x, rtol=1e-5, atol=1e-6)
 
-  @jax.jit
-  def answer(live):
-    images = patient_consistent.student_view(key, live, config.view, row)
-    return model.apply(teacher, images)[0].logits
 
-  for view in range(4):
-    rows = np.arange(N)
-    partner = order.partners(0, view, rows, N)
-    live = {
-      **data,
-      "partner": {k: v[partner] for k, v in data.items()},
-      "epoch": np.full(N, view, np.int32),
-    }
-    np.testing.assert_allclose(
-      found[:, view], answer(live), rtol=1e-5, atol=1e-6
-    )
+def test_independent_views_from_the_host_are_two_crops():
+  now = {**batch(), "other_image": batch()["image"][::-1]}
+  student, teacher, _ = shown("independent", now, on_host=True)
+  first = np.sort(student[0].reshape(3, -1), -1)
+  second = np.sort(teacher[0].reshape(3, -1), -1)
+  np.testing.assert_allclose(second, first[::-1])  # perhaps flipped
+
+
+def tiny(rows, **changes):
+  """A run of tiny networks with a fast teacher."""
+  config = cifar10.get_config("modes+bank+smoke")
+  every = cifar10.get_config("modes+bank")
+  config.rows = rows
+  for name in rows:
+    config.students[name].epochs = 3.0
+  assert set(rows) <= set(every.rows)
+  config.devices = 1
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def scores(result):
+  return {
+    row["name"]: (row["values"], row["details"]["nll"])
+    for row in result["rows"]
+  }
+
+
+def test_one_fixed_view_from_a_bank_is_what_a_teacher_says_of_it(tmp_path):
+  """A student of the bank's first view, and one whose views never change."""
+  config = tiny(("bank_4",))
+  bank = patient_consistent.run(config, tmp_path / "a")
+  stored = tmp_path / "a/banks/bank_4-seed0"
+  assert len(list(stored.glob("view-*.npy"))) == 4
+  (tmp_path / "a/result.json").unlink()
+  again = patient_consistent.run(config, tmp_path / "a")  # from the bank
+  assert scores(again) == scores(bank)
+
+
+def test_a_bank_replays_live_inference(tmp_path, monkeypatch):
+  """With as many views as epochs the bank is the live teacher."""
+  rows = ("bank_4", "function_matching_30")
+  config = tiny(rows)
+  result = patient_consistent.run(config, tmp_path / "run")
+  _, cached, live = result["rows"]
+  assert cached["values"] == live["values"]
+  np.testing.assert_allclose(
+    cached["details"]["nll"], live["details"]["nll"], rtol=1e-5
+  )
+
+
+def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(
+  tmp_path, monkeypatch
+):
+  config = tiny(("function_matching_30",), save_every="1 step")
+  whole = patient_consistent.run(config, tmp_path / "a")
+  read, calls = train.index_batches, []
+
+  def stopping(*args, **kwargs):
+    batches = read(*args, **kwargs)
+
+    def stop(step):
+      calls.append(step)
+      if kwargs.get("partners") and step == 3:  # the second of epoch 1
+        raise KeyboardInterrupt
+      return batches(step)
+
+    return stop
+
+  with monkeypatch.context() as patch:
+    patch.setattr("kd_jax.train.classifier.index_batches", stopping)
+    with pytest.raises(KeyboardInterrupt):
+      patient_consistent.run(config, tmp_path / "b")
+  resumed = patient_consistent.run(config, tmp_path / "b")
+  assert scores(resumed) == scores(whole)
+  stages = [
+    tmp_path / name / "seed0/function_matching_30" for name in ("a", "b")
+  ]
+  a, b = ((stage / "metrics.jsonl").read_text() for stage in stages)
+  assert a == b
 
 
 @pytest.mark.parametrize(
@@ -156,14 +219,34 @@ def test_a_bank_replays_what_the_teacher_says_live(tmp_path):
   [
     ({"view.size": 29}, "view.size is 29; it should be at least 1 and at most"),
     ({"view.crop": "none"}, "view.crop is 'none'"),
+    ({"view.least_area": 0.0}, "view.least_area is 0.0"),
     ({"transfer": 4000}, "transfer is 4000"),
     ({"transfer": 10}, "batch_size is 16, but the data set has only 10"),
     (
       {"students.labels_30.mode": "fxed"},
       r"students\.labels_30\.mode is 'fxed'",
     ),
-    ({"students.labels_30.bank": 4}, r"students\.labels_30\.bank needs a mode"),
-    ({"student.model": "resnet"}, "model name is 'resnet'"),
+    (
+      {"students.labels_30.temperature": 0.0},
+      r"students\.labels_30\.temperature is 0",
+    ),
+    (
+      {"students.labels_30.network": "big"},
+      r"students\.labels_30\.network is 'big'; it should be one of",
+    ),
+    ({"students.labels_30.bank": 4}, r"students\.labels_30\.bank is 4"),
+    ({"networks.student.model": "resnet"}, "model name is 'resnet'"),
+    (
+      {"networks.student.optimizer.learning_rate": -1.0},
+      r"networks\.student\.optimizer\.learning_rate is -1",
+    ),
+    ({"networks.student.optimizer.name": "adm"}, "optimizer is 'adm'"),
+    ({"save_every": "a while"}, "save_every is 'a while'"),
+    (
+      {"teachers.teacher.checkpoint": "none.npz"},
+      r"teachers\.teacher\.checkpoint: model name is 'mlp'; files",
+    ),
+    ({"view.on_host": True}, r"evaluation is \(\); images cropped on the host"),
   ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -175,3 +258,62 @@ def test_bad_input_is_refused_before_anything_is_written(
     patient_consistent.run(config, tmp_path / "run")
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
+
+
+BIT = {"depth": (1,), "base_width": 4, "groups": 2, "root": "cifar"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  """A BiT network of 3-channel images in the published layout."""
+  path = tmp_path_factory.mktemp("files") / "bit.npz"
+  model = models.create("bit_resnet", CLASSES, **BIT)
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  models.bit_npz.save(path, variables)
+  return str(path)
+
+
+@pytest.mark.parametrize(
+  ("classes", "fields", "message"),
+  [
+    (12, BIT, "bit.npz has 10 classes; it should have 12"),
+    (CLASSES, {**BIT, "depth": (2,)}, "bit.npz is of another architecture"),
+    (CLASSES, {**BIT, "base_width": 8}, "bit.npz is of another architecture"),
+  ],
+)
+def test_a_teacher_that_does_not_fit(checkpoint, classes, fields, message):
+  with pytest.raises(BadInput, match=message) as error:
+    models.load(checkpoint, "bit_resnet", classes, **fields)
+  assert "\n" not in str(error.value)
+
+
+def test_a_teacher_from_a_file_teaches(checkpoint, tmp_path, monkeypatch):
+  """Images of three channels; the teacher's logits are those of the file."""
+  load = patient_consistent.data.load
+
+  def in_colour(name, split, data_dir):
+    source = load(name, split, data_dir)
+    fetch = source.fetch
+
+    def fetched(ids):
+      images, labels = fetch(ids)
+      return np.repeat(images, 3, -1), labels
+
+    return dataclasses.replace(source, fetch=fetched, image_shape=(28, 28, 3))
+
+  monkeypatch.setattr(patient_consistent.data, "load", in_colour)
+  config = tiny(("fixed_30",))
+  config.teachers.teacher.checkpoint = checkpoint
+  config.teachers.teacher.model = "bit_resnet"
+  config.teachers.teacher.fields = ConfigDict(BIT)
+  result = patient_consistent.run(config, tmp_path / "run")
+  assert result["rows"][0]["name"] == "teacher"
+  assert not (tmp_path / "run/seed0/teacher").exists()  # none was trained
+  config.students.fixed_30.temperature = 2.0
+  with pytest.raises(BadInput, match="temperature 1.0 -> 2.0"):
+    patient_consistent.run(config, tmp_path / "run")
+  config.teachers.teacher.checkpoint = str(tmp_path / "gone.npz")
+  with pytest.raises(
+    BadInput, match=r"teachers\.teacher\.checkpoint: .*gone.npz does not exist"
+  ):
+    patient_consistent.run(config, tmp_path / "other")

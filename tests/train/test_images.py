@@ -27,12 +27,16 @@ def on_host(n=10):
 
 def test_feeds():
   images = on_device()
-  arrays, more = images.feed(0, 4, keys=[KEY], views=3, partners=True)
-  assert arrays.keys() == {"id", "image", "label"}
+  said = np.arange(10.0)
+  frozen, more = images.feed(
+    0, 4, keys=[KEY], views=3, partners=True, columns={"said": said}
+  )
+  assert frozen["data"].keys() == {"id", "image", "label", "said"}
   assert more == {"views": 3, "partners": True}
-  arrays, more = on_host().feed(0, 4, keys=[KEY])
-  assert arrays == {} and more["steps_per_epoch"] == 2
+  frozen, more = on_host().feed(0, 4, keys=[KEY], columns={"said": said})
+  assert frozen == {} and more["steps_per_epoch"] == 2
   batch = more["batches"](3)
+  np.testing.assert_array_equal(batch["said"], batch["id"])
   np.testing.assert_array_equal(batch["id"], order.batch_ids(0, 3, 4, 10))
   read = crops.random_crops(make_source(10), [KEY], **CROP)
   expected = read(order.batch_ids(0, 3, 4, 10), 1)["image"]
