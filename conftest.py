@@ -10,7 +10,7 @@ _ROOT = pathlib.Path(__file__).parent
 _FLAGS = {
   "--xla_force_host_platform_device_count": 8,
   # Most of a test's time is compilation, and LLVM's optimiser most of that.
-  "--xla_backend_optimization_level": 0,
+  "--xla_backend_optimization_level": 1,
 }
 _PYTHON = "{}.{}".format(*sys.version_info)
 _CACHE = _ROOT / ".cache" / f"jax-py{_PYTHON}"

@@ -20,11 +20,14 @@ def tiny(arg="demo+smoke"):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-  """One teacher and seven students, two thirds of the steps of the demo."""
+  """One teacher and seven students, small and soon done."""
   config = mnist5k.get_config(STUDIES)
   config.seeds = (0,)
   config.devices = 1  # eight simulated ones on two cores only get in the way
-  config.teacher.steps, config.student.steps = 1000, 400
+  config.teacher.steps, config.student.steps = 900, 500
+  config.teacher.hidden = (600, 600)
+  for student in config.students.values():
+    student.hidden = (400, 400)
   config.eval_every = 1000
   config.rows = ("hard", "soft_t4", "hard_no3", "soft_no3", "soft_only78")
   config.rows += ("hard_few", "soft_few")
