@@ -162,99 +162,109 @@ def load(config):
   return source.num_classes, pool, part, test, checkpoints
 
 
+def knowledge(config, row, images, seed, name, teacher, variables, path):
+  """What the student gets of the teacher: (columns of the data, `frozen`)."""
+  if row["mode"] == "fixed":
+    logits = ask(teacher, variables, images.evaluated()["image"])
+    return {"teacher_logits": logits[:, None]}, {}
+  if not row["bank"]:
+    live = row["mode"] != "labels"
+    return {}, {"teacher": variables} if live else {}
+  key = train.view_key(seed)
+
+  def answer(variables, rows):
+    view = student_view(key, rows, config.view, row)
+    return teacher.apply(variables, view)[0].logits
+
+  logits = images.bank(
+    path / "banks" / f"{name}-seed{seed}",
+    answer,
+    variables,
+    views=row["bank"],
+    batch_size=config.networks[row["network"]].batch_size,
+    keys=[key],
+    partners=seed if row["mode"] == "function_matching" else None,
+    manifest={"row": row, "view": config.view.to_dict()},
+  )
+  return {"teacher_logits": logits}, {}
+
+
 def body(config, num_classes, pool, part, test, checkpoints, path):
   """The teachers, then each way to teach for each seed."""
   total = len(config.seeds) * len(config.rows)
   total += len(config.teachers) - len(checkpoints)
   study = train.Study(path, test, total, config)
 
-  def fit(s, row, images, seed, name, teacher=None, variables=None):
-    """Trains one network; returns it, its variables and its test logits."""
-    steps = max(1, round(row["epochs"] * (images.n // s.batch_size)))
-    net = network(config, s, row, steps, num_classes, teacher)
-    key, mixed = train.view_key(seed), row["mode"] == "function_matching"
-    keys, weights = keys_of(key, row["mode"]), ("soft_weight", "hard_weight")
-    frozen = {"hparams": {k: row[k] for k in ("temperature", *weights)}}
-    columns = {}
-    if row["bank"]:
-      columns["teacher_logits"] = images.bank(
-        path / "banks" / f"{name}-seed{seed}",
-        lambda variables, rows: (
-          teacher.apply(variables, student_view(key, rows, config.view, row))[
-            0
-          ].logits
-        ),
-        variables,
-        classes=num_classes,
-        views=row["bank"],
-        batch_size=s.batch_size,
-        keys=keys,
-        partners=seed if mixed else None,
-        manifest={**row, "view": config.view.to_dict()},
-      )
-    elif row["mode"] == "fixed":
-      fixed = ask(teacher, variables, images.evaluated()["image"])
-      columns["teacher_logits"] = fixed[:, None]
-    elif row["mode"] != "labels":
-      frozen["teacher"] = variables
+  def steps_of(s, row, images):
+    return max(1, round(row["epochs"] * (images.n // s.batch_size)))
+
+  def fit(net, s, row, images, seed, name, kind, columns, frozen):
     entries, more = images.feed(
       seed,
       s.batch_size,
-      keys=keys,
+      keys=keys_of(train.view_key(seed), row["mode"]),
       views=row["bank"],
-      partners=mixed,
+      partners=row["mode"] == "function_matching",
       columns=columns,
     )
-    found = study.train(
+    weights = ("temperature", "soft_weight", "hard_weight")
+    entries["hparams"] = {k: row[k] for k in weights}
+    steps = steps_of(s, row, images)
+    return study.train(
       net,
       {**frozen, **entries},
       name=name,
       title=row["label"],
-      kind=name if teacher is None else row["network"],
+      kind=kind,
       seed=seed,
       settings={"steps": steps, "batch_size": s.batch_size},
       **more,
     )
-    return net, *found
 
-  alone = {"mode": "labels", "bank": 0, "network": ""}
+  alone = {"mode": "labels", "bank": 0}
   alone |= {"temperature": 1.0, "soft_weight": 0.0, "hard_weight": 1.0}
   members, variables, said = {}, {}, []
   for name, s in config.teachers.items():
     row = {**alone, "label": name, "epochs": s.epochs}
+    net = network(config, s, row, steps_of(s, row, pool), num_classes)
     if name in checkpoints:
-      net = network(config, s, row, 1, num_classes)
-      logits = study.test(net, checkpoints[name], kind=name)
-      found = net, checkpoints[name], logits
+      found = checkpoints[name], study.test(net, checkpoints[name], kind=name)
     else:
-      found = fit(s, row, pool, s.seed, name)
-    members[name], variables[name] = found[0].model, found[1]
-    said.append(found[2])
-    study.board.add(name, found[2], seed=s.seed)
-  before, said = teachers.digest(variables), targets.ensemble(np.stack(said))
+      found = fit(net, s, row, pool, s.seed, name, name, {}, {})
+    members[name], variables[name] = net.model, found[0]
+    said.append(found[1])
+    study.board.add(name, found[1], seed=s.seed)
+  before = teachers.digest(variables)
+  said = np.asarray(targets.ensemble(np.stack(said)))
   if len(members) > 1:
-    study.board.add("ensemble", np.asarray(said), seed=0, title="all teachers")
+    study.board.add("ensemble", said, seed=0, title="all teachers")
 
   for name in config.rows:
     row = config.students[name].to_dict()
+    s, kind = config.networks[row["network"]], row["network"]
     teacher = models.ensemble(members, temperature=row["temperature"])
-    settings = config.networks[row["network"]]
+    steps = steps_of(s, row, part)
+    net = network(config, s, row, steps, num_classes, teacher)
     for seed in config.seeds:
-      _, _, logits = fit(settings, row, part, seed, name, teacher, variables)
+      known = knowledge(config, row, part, seed, name, teacher, variables, path)
+      _, logits = fit(net, s, row, part, seed, name, kind, *known)
       study.board.add(
         name,
         logits,
         seed=seed,
         title=row["label"],
-        teacher_logits=np.asarray(said),
+        curve=(row["label"].rsplit(", ", 1)[0], row["epochs"]),
+        teacher_logits=said,
       )
   assert teachers.digest(variables) == before, "a teacher has changed"
   result = study.result(
     config.claims,
     experiment="patient_consistent",
-    title=f"Patient and consistent teaching on {config.dataset}",
+    title=f"Patient and consistent teaching on {config.dataset}: "
+    f"{config.study}",
     source="Beyer et al. 2022, arXiv:2106.05237, Sec. 3",
     seeds=list(config.seeds),
+    curve_over="epochs",
     data={
       "name": config.dataset,
       "train (teachers)": pool.n,
@@ -262,7 +272,13 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
       "test": len(test["label"]),
     },
   )
-  curves = study.stages.curves("test errors", prefix=f"seed{config.seeds[0]}/")
+  longest = max(config.students[name].epochs for name in config.rows)
+  shown = tuple(
+    f"seed{config.seeds[0]}/{name}"
+    for name in config.rows
+    if config.students[name].epochs == longest
+  )
+  curves = study.stages.curves("test errors", prefix=shown)
   return result, {"curves": curves}
 
 

@@ -66,7 +66,10 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def lines(
-  title: str, series: Mapping[str, Mapping[str, Any]], order: Sequence[str]
+  title: str,
+  series: Mapping[str, Mapping[str, Any]],
+  order: Sequence[str],
+  over: str = "step",
 ) -> str:
   """A figure of curves over steps, with a legend.
 
@@ -77,6 +80,7 @@ def lines(
     title: of the panel.
     series: name -> {"step": numbers, "value": as many numbers}.
     order: all names of the page, so that a name has one colour throughout.
+    over: what `step` is; anything else than steps is drawn logarithmic.
 
   Raises:
     ValueError: if a series is empty or its lists differ in length.
@@ -99,9 +103,10 @@ def lines(
     steps, values = np.zeros(1), np.zeros(1)
   low, high = values.min(), values.max()
   log = bool(low > 0 and high / low > _LOG_RATIO)
-  x_of, x_ticks = _axis(steps.min(), steps.max(), False, _LEFT, _WIDTH - _RIGHT)
+  x_log = bool(over != "step" and steps.min() > 0 and steps.max() > steps.min())
+  x_of, x_ticks = _axis(steps.min(), steps.max(), x_log, _LEFT, _WIDTH - _RIGHT)
   y_of, y_ticks = _axis(low, high, log, _HEIGHT - _BOTTOM, _TOP, round_out=True)
-  marks = [_grid(x_of, x_ticks, y_of, y_ticks, "step", (_WIDTH, _HEIGHT))]
+  marks = [_grid(x_of, x_ticks, y_of, y_ticks, over, (_WIDTH, _HEIGHT))]
   legend = []
   for name, (step, value) in curves.items():
     i = order.index(name)
@@ -125,13 +130,27 @@ def lines(
     )
   notes = ["Logarithmic scale."] if log else []
   notes += [f"{lost} values that are not finite are left out."] if lost else []
-  described = f"{title} over steps: " + ", ".join(curves)
+  described = f"{title} over {over}s: " + ", ".join(curves)
   return (
     f"<figure><figcaption>{html.escape(title)}"
     f'<span class="quiet"> {" ".join(notes)}</span></figcaption>'
     f"{_svg(_WIDTH, _HEIGHT, described, marks)}"
     f'<ul class="legend">{"".join(legend)}</ul></figure>'
   )
+
+
+def means(
+  title: str, curves: Mapping[str, Mapping[float, Sequence[float]]], over: str
+) -> str:
+  """A figure of the means of `tables.curves`, see `lines`."""
+  series = {
+    name: {
+      "step": sorted(points),
+      "value": [float(np.mean(points[x])) for x in sorted(points)],
+    }
+    for name, points in curves.items()
+  }
+  return lines(title, series, list(series), over)
 
 
 def _thin(value: np.ndarray) -> np.ndarray:

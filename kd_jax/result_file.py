@@ -7,12 +7,15 @@
   seeds: [integers]
   metric: {name, unit, better: "lower" or "higher"}
   rows: [{name, paper: number or null, values: [one per seed],
-          details: {name: [one number or null per seed]}, note, seeds}]
+          details: {name: [one number or null per seed]}, note, seeds,
+          curve: [name, number]}]
   comparisons: what `compare` returns
   models: {name: what `compression.cost` returns}
   wall_seconds: number;  finished: ISO 8601 time;  notes: [text], optional
 
-A row may have `seeds` of its own (a teacher that was trained once).
+A row may have `seeds` of its own (a teacher that was trained once). With
+`curve` it is a point of the curve of that name, over what the result's text
+`curve_over` says: "epochs".
 """
 
 from collections.abc import Mapping
@@ -99,6 +102,13 @@ def validate(result: Result) -> None:
   for i, row in enumerate(result["rows"]):
     where = f"rows[{i}]"
     _fields(row, {"name": str, "values": list}, where)
+    if "curve" in row:
+      curve = row["curve"]
+      fine = isinstance(curve, list) and len(curve) == 2
+      _want(fine and isinstance(curve[0], str), f"{where}.curve", "[name, x]")
+      _number(curve[1], f"{where}.curve")
+      over = isinstance(result.get("curve_over"), str)
+      _want(over, "curve_over", "text, since rows are points of curves")
     _want(row["name"] not in rows, f"{where}.name", "different in each row")
     rows[row["name"]] = _row(row, result["seeds"], where)
   for i, entry in enumerate(result["comparisons"]):

@@ -31,6 +31,7 @@ class Scoreboard:
     paper: float | None = None,
     teacher_logits: np.ndarray | None = None,
     absent: np.ndarray | None = None,
+    curve: tuple[str, float] | None = None,
     **details: float,
   ) -> float:
     """Adds one seed to the row `name`.
@@ -44,6 +45,8 @@ class Scoreboard:
       teacher_logits: [n, classes], for agreement and KL.
       absent: [classes] bool, classes that were not trained on; if there are
         any, the errors on them are counted apart.
+      curve: (name, number): the row is a point of that curve, over what the
+        result calls `curve_over`.
       **details: further numbers of this seed.
 
     Returns:
@@ -57,6 +60,7 @@ class Scoreboard:
         "seeds": [],
         "values": [],
         "details": {},
+        **({"curve": list(curve)} if curve else {}),
       },
     )
     scores = evaluate.classification(logits, self.labels)

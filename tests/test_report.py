@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from kd_jax import calibration, charts, report
-from tests.test_results import sample
+from kd_jax import calibration, charts, report, report_style
+from tests.test_results import patient, sample
 
 EVIL = "<script>alert(1)</script>\"'&<img src=http://x.invalid onerror=y>"
 NO_END = {"meta", "img", "br"}
@@ -150,8 +150,8 @@ def test_the_page_needs_no_network_and_runs_nothing(tmp_path):
     assert not key.startswith("on"), (tag, key)
     if key in ("src", "href", "action", "data", "poster"):
       assert value.startswith("data:image/png;base64,"), value
-  assert "url(" not in report._STYLE
-  assert "@import" not in report._STYLE
+  assert "url(" not in report_style.STYLE
+  assert "@import" not in report_style.STYLE
   assert EVIL in "".join(page.text)  # shown as it was typed
   policies = [v for t, k, v in page.attributes if (t, k) == ("meta", "content")]
   assert any("default-src 'none'" in value for value in policies)
@@ -342,3 +342,20 @@ def test_importing_loads_neither_jax_nor_matplotlib():
     check=True,
   )
   assert done.stdout.strip() == "[]"
+
+
+def test_rows_that_are_points_of_a_curve_are_drawn(tmp_path):
+  report.write(tmp_path / "r.html", patient())
+  page = Page(tmp_path / "r.html")
+  assert "mean over seeds" in page.words() and "75.6 ± 4.3" in page.words()
+  before = report.write(tmp_path / "plain.html", sample())
+  assert before is None
+  plain = Page(tmp_path / "plain.html")
+  assert page.count("polyline") == plain.count("polyline") + 2  # and a legend
+  (points,) = [
+    value
+    for tag, key, value in page.attributes
+    if tag == "polyline" and key == "points" and value != "0,4 28,4"
+  ]
+  (x0, y0), (x1, y1) = (p.split(",") for p in points.split())
+  assert float(x0) < float(x1) and float(y0) > float(y1)  # more errors: higher

@@ -509,3 +509,37 @@ def test_numbers_are_written_for_people():
   assert results.number(1e300) == "1e+300"
   assert results.value_range([3, 3]) == "3"
   assert result_file.plain(np.int64(3)) == 3
+
+
+def patient():
+  """A result whose rows are points of two curves, and one of none."""
+  result = sample(curve_over="epochs")
+  for row, curve in zip(
+    result["rows"][1:],
+    (["hard", 30.0], ["soft", 30.0], ["soft", 300.0]),
+    strict=True,
+  ):
+    row["curve"] = curve
+  return result
+
+
+def test_rows_that_are_points_of_a_curve_make_a_table():
+  head, rows = results.curve_columns(patient())
+  assert head == ["test errors after epochs", "30", "300"]
+  assert rows == [["soft", "75.6 ± 4.3", "76.2 ± 3.7"]]  # "hard" is a point
+  text = results.markdown([patient()])
+  assert "| soft | 75.6 ± 4.3 | 76.2 ± 3.7 |" in text
+  assert results.curve_columns(sample()) == (["test errors after None"], [])
+  assert "after None" not in results.markdown([sample()])
+
+
+@pytest.mark.parametrize("curve", ["soft", ["soft"], [3, 4.0], ["soft", "x"]])
+def test_a_bad_curve_is_refused(curve):
+  result = patient()
+  result["rows"][1]["curve"] = curve
+  with pytest.raises(ValueError, match=r"rows\[1\].curve"):
+    results.validate(result)
+  result = patient()
+  del result["curve_over"]
+  with pytest.raises(ValueError, match="curve_over is wrong"):
+    results.validate(result)

@@ -119,7 +119,6 @@ class Images:
     ask: Callable[[Any, Any], jax.Array],
     variables: Any,
     *,
-    classes: int,
     views: int,
     batch_size: int,
     keys: Sequence[jax.Array],
@@ -132,7 +131,6 @@ class Images:
       directory: where it is cached.
       ask: `ask(variables, rows) -> logits`, compiled here.
       variables: the teacher's.
-      classes: of the teacher.
       views: of each example.
       batch_size: examples that the teacher is asked at a time.
       keys: as for `rows`.
@@ -146,6 +144,8 @@ class Images:
       BadInput: if the directory holds another bank.
     """
     compiled = jax.jit(ask)
+    one = self.rows(np.zeros(1, np.int32), 0, keys=keys, partners=partners)
+    classes = jax.eval_shape(ask, variables, one).shape[-1]
     return teachers.bank(
       directory,
       lambda rows, view: compiled(variables, rows),

@@ -31,13 +31,13 @@ class Stages:
     return self.directory / name, f"[{len(self._titles)}/{self.total}] {title}"
 
   def curves(
-    self, key: str, *, prefix: str = ""
+    self, key: str, *, prefix: str | tuple[str, ...] = ""
   ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """The learning curves of all stages, as `report.write` takes them.
 
     Args:
       key: the name of the number in `metrics.jsonl`.
-      prefix: only stages whose name begins so.
+      prefix: only stages whose name begins so, or with one of these.
 
     Returns:
       {key: {title: {"step": [...], "value": [...]}}}, stages without that

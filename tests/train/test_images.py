@@ -65,7 +65,6 @@ def test_a_bank_holds_what_the_teacher_says_of_each_view(make, tmp_path):
 
   def bank(**changes):
     settings = {
-      "classes": 3,
       "views": 2,
       "batch_size": 4,
       "keys": [KEY],
