@@ -1,6 +1,7 @@
 """Who sees which view: what makes a teacher consistent."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,40 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(
   ]
   a, b = ((stage / "metrics.jsonl").read_text() for stage in stages)
   assert a == b
+
+
+def test_eight_devices_give_the_numbers_of_one(tmp_path):
+  """Who is mixed with whom, and which view, depend on no device."""
+  found = []
+  for how, devices in (("jit", 1), ("pmap", 8)):
+    config = tiny(("function_matching_30",), parallel=how, devices=devices)
+    result = patient_consistent.run(config, tmp_path / how)
+    found.append([row["details"]["nll"] for row in result["rows"]])
+  np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("name", "arg", "parameters"),
+  [
+    ("cifar10", "", (40_000, 42_000)),
+    ("cifar10", "vit", (150_000, 250_000)),
+    ("cifar10", "mobilenet", (4_000_000, 4_400_000)),
+    ("flowers102", "fast", (23_700_000, 23_720_000)),  # 25.5M, 102 classes
+    ("imagenet2012", "vit", (21_900_000, 22_100_000)),
+    ("imagenet2012", "mobilenet", (5_400_000, 5_550_000)),
+  ],
+)
+def test_the_students_that_configs_name(name, arg, parameters):
+  path = f"configs.patient_consistent.{name}"
+  config = importlib.import_module(path).get_config(arg)
+  s = config.networks.student
+  classes = {"cifar10": 10, "flowers102": 102, "imagenet2012": 1000}[name]
+  model = models.create(s.model, classes, **s.fields)
+  side = s.size or config.view.size
+  images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  assert parameters[0] < count < parameters[1]
 
 
 @pytest.mark.parametrize(
