@@ -121,6 +121,7 @@ def load(config):
   train.check_periods(config)
   train.check_settings("", config)
   view, devices = config.view, len(train.use_devices(config.devices))
+  check_choice("parallel", config.parallel, ("jit", "pmap"))
   check_choice("view.crop", view.crop, ("shift", "inception"))
   how = {"evaluation": tuple(config.evaluation), "readers": config.readers}
   if view.on_host:
@@ -135,9 +136,10 @@ def load(config):
     check_number("view.size", view.size, least=1, most=side)
 
   def check(where, s, images):
-    train.check_divides(s.batch_size, devices)
-    train.index_batches(0, s.batch_size, images.n)  # raises if that is too few
-    network(config, s, {"mode": "labels"}, 1, source.num_classes)
+    with naming(where):
+      train.check_divides(s.batch_size, devices)
+      train.index_batches(0, s.batch_size, images.n)  # raises if too few
+      network(config, s, {"mode": "labels"}, 1, source.num_classes)
 
   checkpoints = {}
   for name, s in config.teachers.items():
@@ -149,14 +151,20 @@ def load(config):
         s.checkpoint, s.model, source.num_classes, **s.fields
       )
   for name in config.rows:
+    check_choice("rows", name, tuple(config.students))
     row, where = config.students[name], f"students.{name}"
     check_choice(f"{where}.mode", row.mode, MODES)
+    if not row.hard_weight and (row.mode == "labels" or not row.soft_weight):
+      raise ValueError(
+        f"{where}.hard_weight is {row.hard_weight}; it should be above 0, as "
+        "the student would learn nothing"
+      )
     check_choice(f"{where}.network", row.network, tuple(config.networks))
-    check(where, config.networks[row.network], part)
+    check(f"networks.{row.network}", config.networks[row.network], part)
     if row.bank and (view.on_host or row.mode not in MODES[3:]):
       raise ValueError(
-        f"{where}.bank is {row.bank}; it should be 0 unless views are shared "
-        "and made on the device"
+        f"{where}.bank is {row.bank}; it should be 0, but for the modes "
+        f"{' and '.join(MODES[3:])} with images on the device"
       )
   test = train.Images(tested, **how).evaluated()
   return source.num_classes, pool, part, test, checkpoints
@@ -241,6 +249,8 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
 
   for name in config.rows:
     row = config.students[name].to_dict()
+    way = row["label"]
+    row["label"] += f", {row['epochs']:,g} epochs"
     s, kind = config.networks[row["network"]], row["network"]
     teacher = models.ensemble(members, temperature=row["temperature"])
     steps = steps_of(s, row, part)
@@ -253,7 +263,7 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
         logits,
         seed=seed,
         title=row["label"],
-        curve=(row["label"].rsplit(", ", 1)[0], row["epochs"]),
+        curve=(way, row["epochs"]),
         teacher_logits=said,
       )
   assert teachers.digest(variables) == before, "a teacher has changed"
@@ -278,7 +288,10 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
     for name in config.rows
     if config.students[name].epochs == longest
   )
-  curves = study.stages.curves("test errors", prefix=shown)
+  curves = {
+    f"{key} on the way, {longest:,g} epochs": panel
+    for key, panel in study.stages.curves("test errors", prefix=shown).items()
+  }
   return result, {"curves": curves}
 
 

@@ -1,6 +1,7 @@
 """What the configs of patient and consistent teaching share."""
 
 import itertools
+import signal
 
 from ml_collections import ConfigDict
 
@@ -47,8 +48,7 @@ def student(name, epochs, label="", **more):
   }
   fields.update(MODES[name])
   fields.update(more)
-  noun = "epoch" if epochs == 1 else "epochs"
-  fields["label"] = f"{label or fields['label']}, {epochs:,g} {noun}"
+  fields["label"] = label or fields["label"]
   return ConfigDict(fields)
 
 
@@ -229,5 +229,6 @@ def grid(**values):
 
 def main(sweep):
   """Prints the sweep, the flags of one run on each line."""
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` is silent
   for settings in sweep():
     print(*(f"--config.{name}={value}" for name, value in settings.items()))

@@ -8,7 +8,7 @@ in the paper a teacher that knows more than the transfer set. Arguments, as
   bank      function matching from 1, 4 and 16 cached views of each image
   vit       the student is a small ViT
   mobilenet the student is a small MobileNet v3
-  smoke     a few steps of tiny networks, to try things out
+  smoke     two steps of tiny networks on digits that need no download
 """
 
 from ml_collections import ConfigDict
@@ -119,6 +119,8 @@ def get_config(arg="modes"):
       raise ValueError(
         f"unknown argument {word!r}; it should be one of {', '.join(WORDS)}"
       )
+  if len(set(words) & set(STUDENTS)) > 1:
+    raise ValueError(f"{arg!r} names two students; one is enough")
   studies = [word for word in words if word in STUDIES] or ["modes"]
   c = common.base("cifar10", "train", "test")
   c.study = arg

@@ -49,17 +49,25 @@ def check_comparison(
     derived: further rows that the experiment computes.
 
   Raises:
-    ValueError: if a claim speaks of a row that is not there, or the seeds are
-      empty or not distinct.
+    ValueError: if there is no row, one comes twice, a claim speaks of a row
+      that is not there, or the seeds are not distinct or negative.
   """
+  if not rows or len(set(rows)) < len(rows):
+    raise ValueError(
+      f"rows is {tuple(rows)}; it should name at least one, each once"
+    )
   claimed = {row for claim in claims for row in claim[1:3]}
   missing = claimed - {*rows, *derived}
   if missing:
     raise ValueError(
-      f"claims speak of {sorted(missing)}, which rows leaves out; set claims"
+      f"claims speak of {sorted(missing)}, which rows leaves out; name other "
+      'claims, or none with --config.claims="()"'
     )
-  if not seeds or len(set(seeds)) < len(seeds):
-    raise ValueError(f"seeds is {seeds}; it should name distinct seeds")
+  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    raise ValueError(
+      f"seeds is {tuple(seeds)}; it should name at least one, distinct seeds "
+      "from 0 on"
+    )
 
 
 def check_periods(config: Mapping[str, Any]) -> None:

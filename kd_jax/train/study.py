@@ -105,5 +105,15 @@ class Study:
 
 
 def use_devices(count: int) -> list[jax.Device]:
-  """The first `count` devices; 0 is all."""
-  return jax.devices()[: count or None]
+  """The first `count` devices; 0 is all.
+
+  Raises:
+    ValueError: if there are not as many.
+  """
+  found = jax.devices()
+  if not 0 <= count <= len(found):
+    raise ValueError(
+      f"devices is {count}; it should be at most {len(found)}, what there is, "
+      "or 0 for all"
+    )
+  return found[: count or None]

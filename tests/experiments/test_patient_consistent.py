@@ -270,7 +270,18 @@ def test_the_students_that_configs_name(name, arg, parameters):
       r"students\.labels_30\.network is 'big'; it should be one of",
     ),
     ({"students.labels_30.bank": 4}, r"students\.labels_30\.bank is 4"),
-    ({"networks.student.model": "resnet"}, "model name is 'resnet'"),
+    (
+      {"students.labels_30.hard_weight": 0.0},
+      r"students\.labels_30\.hard_weight is 0",
+    ),
+    ({"rows": ("labels_31",)}, "rows is 'labels_31'; it should be one of"),
+    ({"rows": ("labels_30", "labels_30")}, "each once"),
+    ({"parallel": "foo"}, "parallel is 'foo'"),
+    ({"devices": 9}, "devices is 9"),
+    (
+      {"networks.student.model": "resnet"},
+      r"networks\.student: model name is 'resnet'",
+    ),
     (
       {"networks.student.optimizer.learning_rate": -1.0},
       r"networks\.student\.optimizer\.learning_rate is -1",

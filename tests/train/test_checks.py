@@ -47,6 +47,11 @@ def test_periods_and_seeds():
     train.check_periods({**good, "log_every": 0})
   with pytest.raises(ValueError, match="claims speak of"):
     train.check_comparison(("a",), (("x", "a", "b", "lower"),), (0,))
-  for seeds in ((), (1, 1)):
-    with pytest.raises(ValueError, match="distinct seeds"):
+  for rows in ((), ("a", "a")):
+    with pytest.raises(ValueError, match="at least one, each once"):
+      train.check_comparison(rows, (), (0,))
+  with pytest.raises(ValueError, match="devices is 9; it should be at most 8"):
+    train.use_devices(9)
+  for seeds in ((), (1, 1), (-1,)):
+    with pytest.raises(ValueError, match="at least one, distinct seeds"):
       train.check_comparison(("a",), (), seeds)
