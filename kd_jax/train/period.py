@@ -1,7 +1,7 @@
 """How often something is due: by steps, by epochs or by the clock."""
 
 import re
-import time
+from time import monotonic
 
 _UNITS = ("step", "epoch", "minute")
 
@@ -46,7 +46,7 @@ class Period:
       )
     if unit == "minute":
       self.seconds = 60 * number
-      self._since = time.monotonic()
+      self._since = monotonic()
     elif unit == "epoch":
       if steps_per_epoch is None:
         raise ValueError(f"{name} is {every!r}; there are no epochs here")
@@ -66,7 +66,7 @@ class Period:
       return step % self.steps == 0
     if self.seconds is None:
       return False
-    now = time.monotonic()
+    now = monotonic()
     if now - self._since < self.seconds:
       return False
     self._since = now

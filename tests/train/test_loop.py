@@ -134,7 +134,7 @@ def test_saving_by_the_clock_gives_the_same_bits(
 
   whole = problem.fit(save_every=4, per_call=2)
   with monkeypatch.context() as patch:
-    patch.setattr("kd_jax.train.period.time.monotonic", clock)
+    patch.setattr("kd_jax.train.period.monotonic", clock)
     saved = problem.fit(
       workdir=tmp_path,
       save_every="1 minute",

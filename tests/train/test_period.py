@@ -1,7 +1,5 @@
 """Periods: by steps, epochs and minutes."""
 
-import time
-
 import pytest
 
 from kd_jax.train import Period
@@ -37,7 +35,7 @@ def test_never():
 
 def test_minutes_go_by_the_clock(monkeypatch):
   now = 1000.0
-  monkeypatch.setattr(time, "monotonic", lambda: now)
+  monkeypatch.setattr("kd_jax.train.period.monotonic", lambda: now)
   period = Period("save_every", "1.5 minutes")
   assert period.end(3) == float("inf")
   found = []
