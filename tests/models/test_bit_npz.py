@@ -280,10 +280,6 @@ UNIT = "resnet/block1/unit02/b"
     ),
     ({"width": 2}, r"/kernel has shape \(.*\); it should be \(.*\)$"),
     ({"root": "cifar"}, r"root_block/.* \(7, 7, 3, 16\); .* \(3, 3, 3, 16\)$"),
-    (
-      {"num_classes": 7},
-      r"has 5 classes; it should have 7 \(head=False leaves the head out\)$",
-    ),
   ],
 )
 def test_a_wrong_architecture_is_refused(tmp_path, entries, model, message):
@@ -292,6 +288,16 @@ def test_a_wrong_architecture_is_refused(tmp_path, entries, model, message):
     bit_npz.load(path, MODEL.clone(**model))
   assert str(error.value).startswith(f"{path} is of another architecture: ")
   assert "\n" not in str(error.value)
+
+
+def test_a_file_of_other_classes_is_refused(tmp_path, entries):
+  path = write(tmp_path, entries)
+  message = (
+    r"has 5 classes; it should have 7 \(head=False leaves the head out\)$"
+  )
+  with pytest.raises(BadInput, match=message) as error:
+    bit_npz.load(path, MODEL.clone(num_classes=7))
+  assert str(error.value).startswith(str(path))
 
 
 @pytest.mark.parametrize(
