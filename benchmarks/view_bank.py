@@ -1,73 +1,52 @@
-"""Prints what a cached bank of views saves in the time of a step.
+"""What a cached bank of views saves in the time of a step.
 
 The student of a config of patient and consistent teaching, with a teacher of
-the same config, on made-up images: one step on labels alone, one of function
-matching that asks the teacher, one of function matching that reads a bank. The
-forms take turns, so that a busy moment of the machine hits all of them.
+the same config, on made-up images: steps on labels alone, of function matching
+that asks the teacher, of function matching that reads a bank.
 
-Run: python -m benchmarks.view_bank
+Run: python -m benchmarks.run view_bank
 """
 
-import argparse
+from collections.abc import Callable
 import functools
-import statistics
-import time
+from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.run import Benchmark
 from configs.patient_consistent import cifar10
 from experiments import patient_consistent
 from kd_jax import train
 
+IMAGES, SIDE, VIEWS, STEPS = 1000, 32, 16, 10
 
-def images_of(n: int, side: int) -> dict[str, np.ndarray]:
+
+def images() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
   return {
-    "id": np.arange(n, dtype=np.int32),
-    "image": rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8),
-    "label": rng.integers(0, 10, n).astype(np.int32),
+    "id": np.arange(IMAGES, dtype=np.int32),
+    "image": rng.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8),
+    "label": rng.integers(0, 10, IMAGES).astype(np.int32),
   }
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__.split("\n")[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-  parser.add_argument("--views", type=int, default=16)
-  parser.add_argument("--images", type=int, default=1000)
-  parser.add_argument("--rounds", type=int, default=20)
-  parser.add_argument("--steps", type=int, default=10, help="in each round")
-  options = parser.parse_args()
-
+def benchmark() -> Benchmark:
   config = cifar10.get_config("modes+bank")
-  student, side = config.networks.student, config.view.size
-  data = images_of(options.images, side)
-  first = data["image"][:1]
+  student, data = config.networks.student, images()
+  first = patient_consistent.whole(data["image"][:1])
   bare = functools.partial(patient_consistent.network, config, num_classes=10)
   labels = config.students.labels_30.to_dict()
   matching = config.students.function_matching_30.to_dict()
   teacher = bare(config.teachers.teacher, labels, 1)
-  variables = teacher.model.init(
-    jax.random.key(0), patient_consistent.whole(first)
-  )
-  logits = np.random.default_rng(1).normal(
-    size=(options.images, options.views, 10)
-  )
-  forms = {
-    "labels alone": (labels, {}, data),
-    "live teacher": (matching, {"teacher": variables}, data),
-    "bank": (
-      {**matching, "bank": options.views},
-      {},
-      {**data, "teacher_logits": logits.astype(np.float32)},
-    ),
-  }
-  runs = {}
-  for name, (row, frozen, columns) in forms.items():
+  variables = teacher.model.init(jax.random.key(0), first)
+  logits = np.random.default_rng(1).normal(size=(IMAGES, VIEWS, 10))
+  logits = logits.astype(np.float32)
+
+  def form(row: dict, frozen: dict, columns: dict) -> Callable[[], Any]:
+    """Ten steps; the next call goes on from where they ended."""
     net = bare(student, row, 1000, teacher=teacher.model)
-    start = net.model.init(jax.random.key(1), patient_consistent.whole(first))
+    start = net.model.init(jax.random.key(1), first)
     state = train.init_state(
       {"model": start["params"]},
       net.optimizer,
@@ -84,44 +63,46 @@ def main() -> None:
     batches = train.index_batches(
       0,
       student.batch_size,
-      options.images,
+      IMAGES,
       views=row["bank"] or None,
       partners=row["mode"] == "function_matching",
     )
-    both = net.runner.replicate(state), net.runner.replicate(frozen)
-    runs[name] = [net.runner, *both, batches, 0]
+    runner = net.runner
+    now = {"state": runner.replicate(state), "step": 0}
+    frozen = runner.replicate(frozen)
 
-  def seconds(run: list) -> float:
-    runner, state, frozen, batches, step = run
-    begin = time.perf_counter()
-    for _ in range(options.steps):
-      state, metrics = runner(state, frozen, runner.shard(batches(step)))
-      step += 1
-    jax.block_until_ready(metrics)
-    run[1], run[4] = state, step
-    return (time.perf_counter() - begin) / options.steps
+    def work() -> None:
+      for _ in range(STEPS):
+        batch = runner.shard(batches(now["step"]))
+        now["state"], metrics = runner(now["state"], frozen, batch)
+        now["step"] += 1
+      jax.block_until_ready(metrics)
 
-  times: dict[str, list[float]] = {name: [] for name in runs}
-  for round_number in range(options.rounds + 1):
-    for name, run in runs.items():
-      taken = seconds(run)
-      if round_number:  # the first one compiles
-        times[name].append(taken)
-  base = statistics.median(times["labels alone"])
-  size = logits.astype(np.float32).nbytes / 2**20
-  print(
-    f"batches of {student.batch_size} on {jax.devices()[0].device_kind}; the "
-    f"bank of {options.views} views of {options.images} images has "
-    f"{size:.1f} MiB"
+    return work
+
+  banked = {**data, "teacher_logits": logits}
+  return Benchmark(
+    title="A cached bank of views: the time of a step",
+    base="labels alone",
+    forms={
+      "labels alone": form(labels, {}, data),
+      "a live teacher": form(matching, {"teacher": variables}, data),
+      "a bank of views": form({**matching, "bank": VIEWS}, {}, banked),
+    },
+    claims=(
+      (
+        "a bank makes the step of function matching faster",
+        "a bank of views",
+        "a live teacher",
+        "lower",
+      ),
+    ),
+    data={
+      "student and teacher": "configs/patient_consistent/cifar10.py",
+      "batch size": student.batch_size,
+      "images": IMAGES,
+      "views": VIEWS,
+      "bank": f"{logits.nbytes / 2**20:.2f} MiB",
+    },
+    source="Beyer et al. 2022, arXiv:2106.05237",
   )
-  print(f"{'':14} {'a step':>10} {'quartiles':>18} {'of labels alone':>16}")
-  for name, taken in times.items():
-    low, middle, high = statistics.quantiles(taken, n=4)
-    print(
-      f"{name:14} {1e3 * middle:7.2f} ms {1e3 * low:7.2f} to {1e3 * high:.2f} "
-      f"{middle / base:14.2f}"
-    )
-
-
-if __name__ == "__main__":
-  main()

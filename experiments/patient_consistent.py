@@ -141,14 +141,17 @@ def load(config):
       train.index_batches(0, s.batch_size, images.n)  # raises if too few
       network(config, s, {"mode": "labels"}, 1, source.num_classes)
 
+  def shape(size):
+    return (size or view.size,) * 2 + source[0]["image"].shape[-1:]
+
   checkpoints = {}
   for name, s in config.teachers.items():
     if not s.checkpoint:
       check(f"teachers.{name}", s, pool)
       continue
     with naming(f"teachers.{name}.checkpoint"):
-      checkpoints[name] = models.load(
-        s.checkpoint, s.model, source.num_classes, **s.fields
+      checkpoints[name] = train.load_teacher(
+        s.checkpoint, s.model, source.num_classes, shape(s.size), **s.fields
       )
   for name in config.rows:
     check_choice("rows", name, tuple(config.students))
@@ -192,7 +195,10 @@ def knowledge(config, row, images, seed, name, teacher, variables, path):
     batch_size=config.networks[row["network"]].batch_size,
     keys=[key],
     partners=seed if row["mode"] == "function_matching" else None,
-    manifest={"row": row, "view": config.view.to_dict()},
+    manifest={
+      **{name: row[name] for name in ("mode", "mixup", "same_ratio")},
+      "view": config.view.to_dict(),
+    },
   )
   return {"teacher_logits": logits}, {}
 

@@ -3,6 +3,8 @@
 from kd_jax.train.checkpoint import (
   CheckpointError as CheckpointError,
   Checkpoints as Checkpoints,
+  load_teacher as load_teacher,
+  load_trained as load_trained,
 )
 from kd_jax.train.checks import (
   check_comparison as check_comparison,

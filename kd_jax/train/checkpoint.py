@@ -5,6 +5,7 @@ each step carries a SHA-256 digest of every leaf, and restoring walks back from
 the newest step to the newest good one, saying what it skipped and why.
 """
 
+from collections.abc import Mapping
 import hashlib
 import os
 import pathlib
@@ -15,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from kd_jax import models
+from kd_jax.errors import BadInput
 
 
 class CheckpointError(RuntimeError):
@@ -156,6 +160,116 @@ class Checkpoints:
 
   def _cannot_write(self, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot write to {self.directory}: {error}")
+
+
+def load_trained(
+  directory: str | os.PathLike[str],
+  template: Mapping[str, Any],
+  *,
+  role: str = "model",
+) -> dict[str, Any]:
+  """The variables of a model that another run has trained.
+
+  Args:
+    directory: of a stage of that run, the one that holds `checkpoints`. It is
+      only read.
+    template: {"params", "state"} like the model's, whose structure, shapes and
+      dtypes count (abstract ones will do).
+    role: of the model in that run.
+
+  Returns:
+    {"params", "state"} of its newest checkpoint.
+
+  Raises:
+    BadInput: if there is no checkpoint, or it is damaged or of another
+      architecture.
+  """
+  folder = pathlib.Path(directory).absolute() / "checkpoints"
+  steps = [int(f.name) for f in folder.glob("*") if f.name.isdecimal()]
+  if not steps:
+    raise BadInput(
+      f"{directory} holds no checkpoints; it should be the directory of a "
+      "training, as RUN/seed0/teacher"
+    )
+  step = max(steps)
+  path = folder / str(step)
+  parts = {"params": "params", "state": "model_state"}
+  try:
+    with ocp.CheckpointManager(folder) as manager:
+      stored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore()
+        ),
+      )
+    # Orbax leaves out what is empty.
+    found = {k: stored["state"].get(v) or {} for k, v in parts.items()}
+  except Exception as error:  # orbax raises anything on damaged files
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise BadInput(f"{path} cannot be read: {line}") from error
+  if role not in found["params"]:
+    roles = ", ".join(found["params"])
+    raise BadInput(f"{path} has no {role}; it should be one of {roles}")
+  variables = {
+    k: jax.tree.map(np.asarray, v.get(role) or {}) for k, v in found.items()
+  }
+  for name, attribute in parts.items():
+    prefix = f".{attribute}[{role!r}]"
+    digests = {f"{prefix}{k}": v for k, v in _digests(variables[name]).items()}
+    kept = {k: v for k, v in stored["digests"].items() if k.startswith(prefix)}
+    for key in {**digests, **kept}:
+      if digests.get(key) != kept.get(key):
+        raise BadInput(f"{path} is damaged: digest mismatch at {key}")
+  _check_fits(path, variables, template)
+  return variables
+
+
+def load_teacher(
+  path: str | os.PathLike[str],
+  name: str,
+  num_classes: int,
+  shape: tuple[int, ...],
+  **fields: Any,
+) -> dict[str, Any]:
+  """The variables of a teacher, from a file or from another run.
+
+  Args:
+    path: a file, see `models.load`, or a directory, see `load_trained`.
+    name: of the reference model, see `models.create`.
+    num_classes: as for `models.create`.
+    shape: of one input, without the batch.
+    **fields: as for `models.create`.
+
+  Returns:
+    {"params", "state"}.
+
+  Raises:
+    BadInput: if it cannot be read or is of another architecture.
+    ValueError: if there is no such model or field.
+  """
+  if not os.path.isdir(path):
+    return models.load(path, name, num_classes, **fields)
+  model = models.create(name, num_classes, **fields)
+  inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  template = jax.eval_shape(model.init, jax.random.key(0), inputs)
+  return load_trained(path, template)
+
+
+def _check_fits(path: pathlib.Path, found: Any, wanted: Any) -> None:
+  shapes = [
+    {
+      jax.tree_util.keystr(key, simple=True, separator="/"): leaf.shape
+      for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (found, wanted)
+  ]
+  for name in sorted({**shapes[0], **shapes[1]}):
+    there, here = (shape.get(name, "nothing") for shape in shapes)
+    if there != here:
+      raise BadInput(
+        f"{path} is of another architecture: {name} is {there} there and "
+        f"{here} in this program"
+      )
 
 
 def _is_key(x: Any) -> bool:

@@ -75,13 +75,6 @@ class Images:
     assert self.arrays is not None  # see __init__
     return self.arrays
 
-  def identity(self) -> dict[str, Any]:
-    """What pins them, for the manifest of a cache."""
-    return self.arrays or {
-      "id": self._source.ids,
-      "of": np.frombuffer(self._source.name.encode(), np.uint8),
-    }
-
   def rows(
     self,
     positions: np.ndarray,
@@ -142,7 +135,10 @@ class Images:
 
     Raises:
       BadInput: if the directory holds another bank.
+      ValueError: if the images are read on the host, where nothing pins them.
     """
+    if self.arrays is None:
+      raise ValueError("images read on the host have no bank")
     compiled = jax.jit(ask)
     one = self.rows(np.zeros(1, np.int32), 0, keys=keys, partners=partners)
     classes = jax.eval_shape(ask, variables, one).shape[-1]
@@ -157,7 +153,7 @@ class Images:
       manifest={
         **manifest,
         "teacher": teachers.digest(variables),
-        "data": teachers.digest(self.identity()),
+        "data": teachers.digest(self.arrays),
         "keys": [jax.random.key_data(key).tolist() for key in keys],
         "partners": partners,
       },

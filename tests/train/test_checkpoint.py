@@ -7,8 +7,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from kd_jax import models, train
+from kd_jax.errors import BadInput
 from kd_jax.train import CheckpointError, Checkpoints
 
 
@@ -148,3 +151,54 @@ def test_saved_bits_do_not_follow_a_donated_buffer(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     found, _ = checkpoints.restore({"w": jnp.zeros((256, 256))})
   np.testing.assert_array_equal(found["w"], 0.0)
+
+
+class TestLoadTrained:
+  """A stage of one run as the teacher of another."""
+
+  SHAPE = (4, 4, 1)
+
+  @pytest.fixture
+  def stage(self, tmp_path):
+    model = models.create("mlp", 3, hidden=(5,))
+    start = model.init(jax.random.key(0), jnp.zeros((1, *self.SHAPE)))
+    state = train.init_state(
+      {"model": start["params"]},
+      optax.adam(1e-3),
+      jax.random.key(1),
+      model_state={"model": start["state"]},
+    )
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+      checkpoints.save(7, state)
+    return tmp_path, start
+
+  def load(self, path, classes=3, **fields):
+    fields = {"hidden": (5,)} | fields
+    return train.load_teacher(path, "mlp", classes, self.SHAPE, **fields)
+
+  def test_gives_the_bits_of_the_model(self, stage, same):
+    same(self.load(stage[0]), stage[1], exact=True)
+
+  def test_leaves_the_other_run_alone(self, stage):
+    def files():
+      return {p: p.stat().st_mtime_ns for p in stage[0].rglob("*")}
+
+    before = files()
+    self.load(stage[0])
+    assert files() == before
+
+  @pytest.mark.parametrize("change", [{"hidden": (6,)}, {"classes": 4}])
+  def test_refuses_another_architecture(self, stage, change):
+    with pytest.raises(BadInput, match="another architecture: params/Dense"):
+      self.load(stage[0], **change)
+
+  def test_refuses_damage_and_nothing(self, stage, tmp_path):
+    with pytest.raises(BadInput, match="holds no checkpoints"):
+      self.load(tmp_path / "checkpoints")
+    damage_flip(stage[0] / "checkpoints" / "7")
+    with pytest.raises(BadInput, match="7 (is damaged|cannot be read)"):
+      self.load(stage[0])
+
+  def test_names_the_roles_there_are(self, stage):
+    with pytest.raises(BadInput, match="no peer_0; it should be one of model"):
+      train.load_trained(stage[0], stage[1], role="peer_0")

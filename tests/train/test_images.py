@@ -55,9 +55,8 @@ def test_a_part_keeps_the_ids():
       np.testing.assert_array_equal(some[name], whole[name][rows])
 
 
-@pytest.mark.parametrize("make", [on_device, on_host])
-def test_a_bank_holds_what_the_teacher_says_of_each_view(make, tmp_path):
-  images, variables = make(), {"w": jnp.array([1.0, 2.0, -1.0])}
+def test_a_bank_holds_what_the_teacher_says_of_each_view(tmp_path):
+  images, variables = on_device(), {"w": jnp.array([1.0, 2.0, -1.0])}
 
   def ask(variables, rows):
     mean = rows["image"].astype(jnp.float32).mean((1, 2, 3)) / 255
@@ -84,6 +83,9 @@ def test_a_bank_holds_what_the_teacher_says_of_each_view(make, tmp_path):
     bank()
   with pytest.raises(BadInput, match="keys is"):
     bank(keys=[jax.random.key(4)])
+  images = on_host()
+  with pytest.raises(ValueError, match="read on the host have no bank"):
+    bank()
 
 
 def test_partners_are_those_of_the_order():

@@ -1,0 +1,153 @@
+"""Times several forms of one thing in turns, and keeps what was measured.
+
+A benchmark is a module of this folder with a function `benchmark()`, which
+returns a `Benchmark`. Its forms take turns, round for round, so that a busy
+moment of the machine hits all of them. The rounds are cut into blocks; in each
+the median time of a form is divided by that of the base form, and these ratios
+are what a result file holds: one for each block, in place of seeds.
+
+Run: python -m benchmarks.run view_bank --json results/benchmarks/view_bank.json
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import datetime
+import importlib
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+NAMES = ("view_bank",)
+NOTE = (
+  'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
+  "the ratio of their median times. One round that compiles is left out."
+)
+
+
+@dataclasses.dataclass
+class Benchmark:
+  """What is compared.
+
+  Attributes:
+    title: for people.
+    base: the form that the others are divided by.
+    forms: name -> a function that does the work once and waits for its end.
+    claims: (claim, form a, form b, "lower" or "higher"), stated beforehand.
+    data: what was worked on, shown as it is.
+    source: where the claim comes from.
+    notes: for the reader.
+  """
+
+  title: str
+  base: str
+  forms: Mapping[str, Callable[[], Any]]
+  claims: Sequence[tuple[str, str, str, str]] = ()
+  data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  source: str = "kd_jax"
+  notes: Sequence[str] = ()
+
+
+def take_turns(
+  forms: Mapping[str, Callable[[], Any]], blocks: int, rounds: int
+) -> dict[str, list[float]]:
+  """The median seconds of each form in each block."""
+  for work in forms.values():
+    work()
+  medians: dict[str, list[float]] = {name: [] for name in forms}
+  for block in range(blocks):
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+      for name, work in forms.items():
+        begin = time.perf_counter()
+        work()
+        seconds[name].append(time.perf_counter() - begin)
+    for name, taken in seconds.items():
+      medians[name].append(statistics.median(taken))
+    print(f"block {block + 1}/{blocks}", file=sys.stderr, flush=True)
+  return medians
+
+
+def result(
+  name: str,
+  bench: Benchmark,
+  medians: Mapping[str, Sequence[float]],
+  rounds: int,
+  wall_seconds: float,
+) -> dict[str, Any]:
+  """The result file's content, see `kd_jax.result_file`."""
+  from kd_jax import comparison, result_file
+
+  base = medians[bench.base]
+  ratios = {
+    form: [t / b for t, b in zip(taken, base, strict=True)]
+    for form, taken in medians.items()
+  }
+  return {
+    "experiment": "benchmarks",
+    "title": bench.title,
+    "command": f"python -m benchmarks.run {name}",
+    "source": bench.source,
+    "config": {"blocks": len(base), "rounds": rounds},
+    "data": dict(bench.data),
+    "environment": result_file.environment(),
+    "seeds": list(range(len(base))),
+    "metric": {
+      "name": "time",
+      "unit": f"in that of: {bench.base}",
+      "better": "lower",
+    },
+    "rows": [
+      {
+        "name": form,
+        "values": ratios[form],
+        "details": {"milliseconds": [1e3 * t for t in taken]},
+      }
+      for form, taken in medians.items()
+    ],
+    "comparisons": [
+      comparison.compare(claim, ratios[a], ratios[b], expected, a=a, b=b)
+      for claim, a, b, expected in bench.claims
+    ],
+    "models": {},
+    "wall_seconds": wall_seconds,
+    "finished": datetime.datetime.now(datetime.UTC).isoformat(
+      timespec="seconds"
+    ),
+    "notes": [NOTE.format(rounds=rounds), *bench.notes],
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
+  parser.add_argument("--blocks", type=int, default=5)
+  parser.add_argument("--rounds", type=int, default=9, help="in each block")
+  options = parser.parse_args()
+  unknown = sorted(set(options.names) - set(NAMES))
+  if unknown:
+    parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(NAMES)}")
+  if min(options.blocks, options.rounds) < 1:
+    parser.error("--blocks and --rounds should be at least 1")
+  names = options.names or NAMES
+  if options.json and len(names) > 1:
+    parser.error("--json keeps one result: give one NAME")
+
+  from kd_jax import result_file, results
+
+  for name in names:
+    begin = time.time()
+    bench = importlib.import_module(f"benchmarks.{name}").benchmark()
+    medians = take_turns(bench.forms, options.blocks, options.rounds)
+    found = result(name, bench, medians, options.rounds, time.time() - begin)
+    print(results.table(found))
+    if options.json:
+      options.json.parent.mkdir(parents=True, exist_ok=True)
+      result_file.save(options.json, found)
+
+
+if __name__ == "__main__":
+  main()
