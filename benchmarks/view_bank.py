@@ -18,6 +18,7 @@ from benchmarks.run import Benchmark
 from configs.patient_consistent import cifar10
 from experiments import patient_consistent
 from kd_jax import train
+from kd_jax.data import augment
 
 IMAGES, SIDE, VIEWS, STEPS = 1000, 32, 16, 10
 
@@ -34,7 +35,7 @@ def images() -> dict[str, np.ndarray]:
 def benchmark() -> Benchmark:
   config = cifar10.get_config("modes+bank")
   student, data = config.networks.student, images()
-  first = patient_consistent.whole(data["image"][:1])
+  first = augment.whole(data["image"][:1])
   bare = functools.partial(patient_consistent.network, config, num_classes=10)
   labels = config.students.labels_30.to_dict()
   matching = config.students.function_matching_30.to_dict()

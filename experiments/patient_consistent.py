@@ -16,35 +16,18 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 import numpy as np
 
-from kd_jax import cli, data, evaluate, losses, models, targets, teachers, train
-from kd_jax.data import crops, views
-from kd_jax.errors import check_choice, check_number, checking, naming
+from kd_jax import cli, evaluate, losses, models, targets, teachers, train
+from kd_jax.data import augment, views
+from kd_jax.errors import check_choice, checking, naming
 from kd_jax.reduce import Term
 
 MODES = ("labels", "fixed", "independent", "consistent", "function_matching")
 
 
-def look(key, rows, view, image="image"):
-  """The view of each image: a function of the key, its id and the epoch."""
-  keys, images = views.keys(key, rows["id"], rows["epoch"]), rows[image]
-  if view["crop"] == "shift":
-    images = views.random_crop(keys, images, view["size"], view["padding"])
-  images = views.to_float(images)
-  if view["crop"] == "inception" and not view["on_host"]:
-    area = (view["least_area"], 1.0)
-    images = crops.random_resized_crop(keys, images, view["size"], area=area)
-  images = views.random_flip(keys, images) if view["flip"] else images
-  return 2.0 * images - 1.0
-
-
-def whole(images):
-  """What is evaluated, and seen by a teacher of fixed targets."""
-  return 2.0 * views.to_float(images) - 1.0
-
-
 def student_view(key, batch, view, row):
   """What the student sees; with mixup, mixed with its partner's view."""
-  images = look(key, batch, view)
+  look = train.random_views(view)
+  images = look(key, batch)
   if row["mode"] != "function_matching":
     return images
   keys = views.keys(key, batch["id"], batch["epoch"])
@@ -52,7 +35,7 @@ def student_view(key, batch, view, row):
   if "partner" not in batch:  # read on the host: the neighbour in the batch
     return views.mixup(keys, images, **how)[0]
   ratio = views.mix_ratios(keys, **how)[:, None, None, None]
-  other = look(key, {**batch["partner"], "epoch": batch["epoch"]}, view)
+  other = look(key, {**batch["partner"], "epoch": batch["epoch"]})
   return ratio * images + (1.0 - ratio) * other
 
 
@@ -72,7 +55,7 @@ def make_loss(model, view, row, teacher=None):
     if row["mode"] == "independent":
       own = keys_of(frozen["view_key"], row["mode"])[1]
       image = "other_image" if view["on_host"] else "image"
-      images = look(own, batch, view, image)
+      images = train.random_views(view)(own, batch, image)
     return teacher.apply(frozen["teacher"], images)[0].logits
 
   def loss_fn(params, model_state, frozen, batch, key):
@@ -95,63 +78,34 @@ def make_loss(model, view, row, teacher=None):
 
 def ask(teacher, variables, images):
   """The teacher's logits for stored images, as they are evaluated."""
-  fn = Partial(lambda v, x: teacher.apply(v, whole(x))[0].logits, variables)
+  fn = Partial(
+    lambda v, x: teacher.apply(v, augment.whole(x))[0].logits, variables
+  )
   return evaluate.predict(fn, images, batch_size=min(500, len(images)))
 
 
 def network(config, settings, row, steps, num_classes, teacher=None):
   """A network with its training step, in one of the modes."""
-  model = models.create(settings.model, num_classes, **settings.fields)
-  model = models.at_resolution(model, settings.size or config.view.size)
-  return train.Classifier(
-    model,
-    make_loss(model, config.view, row, teacher),
-    train.decoupled(steps, **settings.optimizer),
-    preprocess=whole,
-    how=config.parallel,
-    devices=train.use_devices(config.devices),
-    steps_per_call=config.steps_per_call,
-    clip_norm=settings.clip_norm,
-  )
+  model = train.image_model(config, settings, num_classes)
+  loss_fn = make_loss(model, config.view, row, teacher)
+  return train.image_classifier(config, settings, model, loss_fn, steps)
 
 
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
   train.check_comparison(config.rows, config.claims, config.seeds)
-  train.check_periods(config)
-  train.check_settings("", config)
-  view, devices = config.view, len(train.use_devices(config.devices))
-  check_choice("parallel", config.parallel, ("jit", "pmap"))
-  check_choice("view.crop", view.crop, ("shift", "inception"))
-  how = {"evaluation": tuple(config.evaluation), "readers": config.readers}
-  if view.on_host:
-    how["crop"] = {"size": view.size, "area": (view.least_area, 1.0)}
-  source = data.load(config.dataset, config.train_split, config.data_dir)
-  tested = data.load(config.dataset, config.test_split, config.data_dir)
-  pool = train.Images(source, **how)
-  check_number("transfer", config.transfer, least=0, most=pool.n)
-  part = pool.some(config.transfer) if config.transfer else pool
-  if pool.arrays:
-    side = min(pool.arrays["image"].shape[1:3])
-    check_number("view.size", view.size, least=1, most=side)
-
-  def check(where, s, images):
-    with naming(where):
-      train.check_divides(s.batch_size, devices)
-      train.index_batches(0, s.batch_size, images.n)  # raises if too few
-      network(config, s, {"mode": "labels"}, 1, source.num_classes)
-
-  def shape(size):
-    return (size or view.size,) * 2 + source[0]["image"].shape[-1:]
-
+  images = train.load_images(config)
+  classes, view = images.num_classes, config.view
   checkpoints = {}
   for name, s in config.teachers.items():
+    where = f"teachers.{name}"
     if not s.checkpoint:
-      check(f"teachers.{name}", s, pool)
+      train.check_network(config, where, s, images.pool, classes)
       continue
-    with naming(f"teachers.{name}.checkpoint"):
+    with naming(f"{where}.checkpoint"):
+      shape = (s.size or view.size, s.size or view.size, images.channels)
       checkpoints[name] = train.load_teacher(
-        s.checkpoint, s.model, source.num_classes, shape(s.size), **s.fields
+        s.checkpoint, s.model, classes, shape, **s.fields
       )
   for name in config.rows:
     check_choice("rows", name, tuple(config.students))
@@ -163,14 +117,19 @@ def load(config):
         "the student would learn nothing"
       )
     check_choice(f"{where}.network", row.network, tuple(config.networks))
-    check(f"networks.{row.network}", config.networks[row.network], part)
+    train.check_network(
+      config,
+      f"networks.{row.network}",
+      config.networks[row.network],
+      images.part,
+      classes,
+    )
     if row.bank and (view.on_host or row.mode not in MODES[3:]):
       raise ValueError(
         f"{where}.bank is {row.bank}; it should be 0, but for the modes "
         f"{' and '.join(MODES[3:])} with images on the device"
       )
-  test = train.Images(tested, **how).evaluated()
-  return source.num_classes, pool, part, test, checkpoints
+  return images, images.test.evaluated(), checkpoints
 
 
 def knowledge(config, row, images, seed, name, teacher, variables, path):
@@ -203,14 +162,12 @@ def knowledge(config, row, images, seed, name, teacher, variables, path):
   return {"teacher_logits": logits}, {}
 
 
-def body(config, num_classes, pool, part, test, checkpoints, path):
+def body(config, images, test, checkpoints, path):
   """The teachers, then each way to teach for each seed."""
+  num_classes, pool, part = images[:3]
   total = len(config.seeds) * len(config.rows)
   total += len(config.teachers) - len(checkpoints)
   study = train.Study(path, test, total, config)
-
-  def steps_of(s, row, images):
-    return max(1, round(row["epochs"] * (images.n // s.batch_size)))
 
   def fit(net, s, row, images, seed, name, kind, columns, frozen):
     entries, more = images.feed(
@@ -223,7 +180,7 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
     )
     weights = ("temperature", "soft_weight", "hard_weight")
     entries["hparams"] = {k: row[k] for k in weights}
-    steps = steps_of(s, row, images)
+    steps = train.steps_of(row["epochs"], s.batch_size, images.n)
     return study.train(
       net,
       {**frozen, **entries},
@@ -240,7 +197,8 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
   members, variables, said = {}, {}, []
   for name, s in config.teachers.items():
     row = {**alone, "label": name, "epochs": s.epochs}
-    net = network(config, s, row, steps_of(s, row, pool), num_classes)
+    steps = train.steps_of(s.epochs, s.batch_size, pool.n)
+    net = network(config, s, row, steps, num_classes)
     if name in checkpoints:
       found = checkpoints[name], study.test(net, checkpoints[name], kind=name)
     else:
@@ -259,7 +217,7 @@ def body(config, num_classes, pool, part, test, checkpoints, path):
     row["label"] += f", {row['epochs']:,g} epochs"
     s, kind = config.networks[row["network"]], row["network"]
     teacher = models.ensemble(members, temperature=row["temperature"])
-    steps = steps_of(s, row, part)
+    steps = train.steps_of(row["epochs"], s.batch_size, part.n)
     net = network(config, s, row, steps, num_classes, teacher)
     for seed in config.seeds:
       known = knowledge(config, row, part, seed, name, teacher, variables, path)

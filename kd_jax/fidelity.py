@@ -7,6 +7,8 @@ References: Stanton et al. 2021, arXiv:2106.05945, Sec. 3 (agreement and
 average predictive KL); Xu et al. 2021, arXiv:2109.03228 (probability loyalty).
 """
 
+import itertools
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -104,3 +106,29 @@ def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
   terms = np.where(near, p * (np.expm1(d_near) - d_near), q - p - p * d)
   terms = np.where(both, terms, np.where(np.isfinite(log_p), np.inf, q))
   return terms.sum(axis=-1)
+
+
+def peer_agreement(logits: ArrayLike) -> float:
+  """How often two peers predict the same class, the mean over all pairs.
+
+  Args:
+    logits: [peers, n, classes] float, at least two peers.
+
+  Returns:
+    Between 0 and 1.
+
+  Raises:
+    ValueError: if there are fewer than two peers.
+
+  Example:
+    >>> peer_agreement([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    0.5
+  """
+  predicted = np.asarray(logits).argmax(-1)
+  if predicted.ndim != 2 or len(predicted) < 2:
+    raise ValueError(
+      f"logits has shape {np.shape(logits)}; it should be [peers, n, classes] "
+      "with at least two peers"
+    )
+  pairs = itertools.combinations(predicted, 2)
+  return float(np.mean([np.mean(a == b) for a, b in pairs]))

@@ -38,7 +38,8 @@ class Scoreboard:
 
     Args:
       name: short name of the setting; rows keep the order of their first seed.
-      logits: [n, classes], the predictions for the test set.
+      logits: [n, classes], the predictions for the test set; of several alike
+        [members, n, classes], of whose scores the mean counts.
       seed: the run's seed.
       title: what a person reads in the table; `name` by default.
       paper: the paper's number of errors; None or 0 if it gives none.
@@ -63,8 +64,27 @@ class Scoreboard:
         **({"curve": list(curve)} if curve else {}),
       },
     )
-    scores = evaluate.classification(logits, self.labels)
+    members = [
+      self._scores(one, teacher_logits, absent)
+      for one in (logits if np.ndim(logits) == 3 else [logits])
+    ]
+    scores = {
+      key: float(np.mean([one[key] for one in members])) for key in members[0]
+    }
     errors = scores.pop("errors")
+    row["seeds"].append(int(seed))
+    row["values"].append(errors)
+    for key, value in {**scores, **details}.items():
+      row["details"].setdefault(key, []).append(float(value))
+    return errors
+
+  def _scores(
+    self,
+    logits: np.ndarray,
+    teacher_logits: np.ndarray | None,
+    absent: np.ndarray | None,
+  ) -> dict[str, float]:
+    scores = evaluate.classification(logits, self.labels)
     del scores["count"]
     if teacher_logits is not None:
       match = fidelity.measure(logits, teacher_logits)
@@ -72,11 +92,7 @@ class Scoreboard:
     if absent is not None and absent.any():
       wrong = logits.argmax(-1) != self.labels
       scores["errors on absent classes"] = wrong[absent[self.labels]].sum()
-    row["seeds"].append(int(seed))
-    row["values"].append(errors)
-    for key, value in {**scores, **details}.items():
-      row["details"].setdefault(key, []).append(float(value))
-    return errors
+    return scores
 
   def result(
     self, claims: Sequence[tuple[str, str, str, str]], **fields: Any

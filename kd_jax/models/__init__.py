@@ -12,10 +12,15 @@ from kd_jax.models.bit_resnet import BiTResNet as BiTResNet
 from kd_jax.models.cnn import CNN as CNN
 from kd_jax.models.combine import (
   at_resolution as at_resolution,
+  cohort as cohort,
   ensemble as ensemble,
+  stacked as stacked,
 )
 from kd_jax.models.create import create as create, load as load
+from kd_jax.models.densenet import DenseNet as DenseNet
 from kd_jax.models.dropout import Dropout as Dropout
+from kd_jax.models.lstm import LSTMLanguageModel as LSTMLanguageModel
 from kd_jax.models.mlp import MLP as MLP
 from kd_jax.models.mobilenet_v3 import MobileNetV3 as MobileNetV3
 from kd_jax.models.vit import ViT as ViT
+from kd_jax.models.wide_resnet import WideResNet as WideResNet

@@ -15,10 +15,17 @@ class Outputs:
   """What a model returns.
 
   Attributes:
-    logits: [batch, classes] float, before any softmax or temperature.
+    logits: [batch, classes] float, before any softmax or temperature; of a
+      language model [batch, time, classes].
+    heads: [heads, batch, classes] float, the logits of each if there are
+      several: of the peers of a cohort, the branches or exits of a network.
+      `logits` is then what the whole predicts.
+    features: by name, what a method reads beside them.
   """
 
   logits: jax.Array
+  heads: jax.Array | None = None
+  features: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 class Model(NamedTuple):

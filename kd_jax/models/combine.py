@@ -1,4 +1,4 @@
-"""Models made of models: at another resolution, and several as one."""
+"""Models made of models: at another resolution, several as one, cohorts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -121,3 +121,110 @@ def ensemble(
     return Outputs(mean), {}
 
   return Model(init, apply)
+
+
+def cohort(members: Mapping[str, Model]) -> Model:
+  """Several models of the same classes that are trained together.
+
+  Args:
+    members: at least one model by name, the peers.
+
+  Returns:
+    A model whose params and state are dicts by the names. `Outputs.heads` has
+    the logits of each peer in order, `Outputs.logits` their mean prediction
+    (`targets.ensemble`). In training each peer draws from a key of its own.
+
+  Raises:
+    ValueError: if there is no member.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from kd_jax import models
+    >>> nets = {f"peer_{i}": models.create("mlp", 3, hidden=(4 + i,))
+    ...         for i in range(2)}
+    >>> both = models.cohort(nets)
+    >>> variables = both.init(jax.random.key(0), jnp.zeros((1, 4)))
+    >>> both.apply(variables, jnp.ones((5, 4)))[0].heads.shape
+    (2, 5, 3)
+  """
+  if not members:
+    raise ValueError("members is empty; it should hold at least one model")
+  names = list(members)
+
+  def init(key: jax.Array, inputs: Any) -> dict[str, Any]:
+    keys = jax.random.split(key, len(names))
+    each = {
+      name: members[name].init(own, inputs)
+      for name, own in zip(names, keys, strict=True)
+    }
+    return {
+      part: {name: each[name][part] for name in names}
+      for part in ("params", "state")
+    }
+
+  def apply(
+    variables: Variables,
+    inputs: Any,
+    *,
+    train: bool = False,
+    key: jax.Array | None = None,
+  ) -> tuple[Outputs, Any]:
+    keys: Any = [None] * len(names)
+    if key is not None:
+      keys = jax.random.split(key, len(names))
+    heads, state = [], {}
+    for name, own in zip(names, keys, strict=True):
+      one = {part: variables[part][name] for part in ("params", "state")}
+      out, state[name] = members[name].apply(one, inputs, train=train, key=own)
+      heads.append(out.logits)
+    return _peers(jnp.stack(heads)), state
+
+  return Model(init, apply)
+
+
+def stacked(model: Model, count: int) -> Model:
+  """A cohort of one architecture, as one program with a leading axis.
+
+  The same numbers as `cohort` of that many, up to rounding: one batched
+  operation in place of several. That fills an accelerator with small models.
+  On a CPU batched convolutions are slower than several.
+
+  Args:
+    model: the architecture.
+    count: how many peers.
+
+  Returns:
+    A model whose params and state have a leading axis [count]; its outputs are
+    those of `cohort`.
+
+  Raises:
+    ValueError: if count is not positive.
+  """
+  if count < 1:
+    raise ValueError(f"count is {count}; it should be at least 1")
+
+  def init(key: jax.Array, inputs: Any) -> dict[str, Any]:
+    keys = jax.random.split(key, count)
+    return jax.vmap(model.init, (0, None))(keys, inputs)
+
+  def apply(
+    variables: Variables,
+    inputs: Any,
+    *,
+    train: bool = False,
+    key: jax.Array | None = None,
+  ) -> tuple[Outputs, Any]:
+    def one(variables: Any, own: Any) -> tuple[jax.Array, Any]:
+      out, state = model.apply(variables, inputs, train=train, key=own)
+      return out.logits, state
+
+    keys = None if key is None else jax.random.split(key, count)
+    axes = (0, None if keys is None else 0)
+    heads, state = jax.vmap(one, axes)(dict(variables), keys)
+    return _peers(heads), state
+
+  return Model(init, apply)
+
+
+def _peers(heads: jax.Array) -> Outputs:
+  return Outputs(logits=targets.ensemble(heads), heads=heads)

@@ -10,9 +10,12 @@ from kd_jax.models import bit_npz
 from kd_jax.models.base import Model, from_linen
 from kd_jax.models.bit_resnet import BiTResNet
 from kd_jax.models.cnn import CNN
+from kd_jax.models.densenet import DenseNet
+from kd_jax.models.lstm import LSTMLanguageModel
 from kd_jax.models.mlp import MLP
 from kd_jax.models.mobilenet_v3 import MobileNetV3
 from kd_jax.models.vit import ViT
+from kd_jax.models.wide_resnet import WideResNet
 
 MODULES: dict[str, type[nn.Module]] = {
   "mlp": MLP,
@@ -20,6 +23,9 @@ MODULES: dict[str, type[nn.Module]] = {
   "bit_resnet": BiTResNet,
   "mobilenet_v3": MobileNetV3,
   "vit": ViT,
+  "wide_resnet": WideResNet,
+  "densenet": DenseNet,
+  "lstm": LSTMLanguageModel,
 }
 
 

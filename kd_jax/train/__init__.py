@@ -15,18 +15,36 @@ from kd_jax.train.classifier import (
   Classifier as Classifier,
   view_key as view_key,
 )
+from kd_jax.train.extras import (
+  Extra as Extra,
+  ema as ema,
+  stale as stale,
+)
 from kd_jax.train.images import Images as Images
 from kd_jax.train.loop import fit as fit
 from kd_jax.train.optimizers import (
   OPTIMIZERS as OPTIMIZERS,
+  by_peer as by_peer,
   decoupled as decoupled,
+  optimizer as optimizer,
+  staircase as staircase,
 )
 from kd_jax.train.parallel import (
+  AXIS as AXIS,
   check_divides as check_divides,
   compile as compile,
 )
 from kd_jax.train.period import Period as Period
 from kd_jax.train.record import record as record
+from kd_jax.train.setup import (
+  ImageData as ImageData,
+  check_network as check_network,
+  image_classifier as image_classifier,
+  image_model as image_model,
+  load_images as load_images,
+  random_views as random_views,
+  steps_of as steps_of,
+)
 from kd_jax.train.stages import Stages as Stages
 from kd_jax.train.state import (
   TrainState as TrainState,
@@ -35,8 +53,10 @@ from kd_jax.train.state import (
 from kd_jax.train.step import (
   Aux as Aux,
   gather_batch as gather_batch,
+  in_turn as in_turn,
   index_batches as index_batches,
   make_step as make_step,
+  with_extra as with_extra,
 )
 from kd_jax.train.study import (
   Study as Study,

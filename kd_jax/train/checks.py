@@ -17,7 +17,7 @@ _RANGES: dict[str, dict[str, float]] = {
   "learning_rate": {"above": 0},
   "weight_decay": {"least": 0},
   "warmup": {"least": 0},
-  "clip_norm": {"above": 0},
+  "clip_norm": {"least": 0},
   "temperature": {"above": 0},
   "soft_weight": {"least": 0},
   "hard_weight": {"least": 0},

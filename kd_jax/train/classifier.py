@@ -5,16 +5,25 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import Partial
 import numpy as np
 import optax
 
-from kd_jax import evaluate
+from kd_jax import evaluate, fidelity
 from kd_jax.models import Model
+from kd_jax.train.extras import Extra
 from kd_jax.train.loop import fit
 from kd_jax.train.parallel import compile
 from kd_jax.train.state import TrainState, init_state
-from kd_jax.train.step import LossFn, gather_batch, index_batches, make_step
+from kd_jax.train.step import (
+  LossFn,
+  gather_batch,
+  in_turn,
+  index_batches,
+  make_step,
+  with_extra,
+)
 
 Variables = dict[str, Any]
 
@@ -38,32 +47,52 @@ class Classifier:
   def __init__(
     self,
     model: Model,
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    loss_fn: LossFn | list[LossFn],
+    optimizer: optax.GradientTransformation
+    | list[optax.GradientTransformation],
     *,
     preprocess: Callable[[Any], Any],
     how: str = "jit",
     devices: Sequence[jax.Device] | None = None,
     steps_per_call: int = 1,
     clip_norm: float | None = None,
+    heads: int = 0,
+    extra: Extra | None = None,
   ):
     """Makes the step.
 
     Args:
       model: the model to train.
       loss_fn: see `make_step`; `params` and `model_state` have the one role
-        `model`, `frozen` has `view_key`, a random key of the run.
-      optimizer: an optax transformation.
+        `model`, `frozen` has `view_key`, a random key of the run. A list
+        makes steps in turn on each batch, see `in_turn`.
+      optimizer: an optax transformation; for a list of loss functions a list,
+        with states of one structure.
       preprocess: images as stored -> inputs of the model.
       how: "jit" or "pmap".
       devices: see `compile`.
       steps_per_call: see `compile`.
       clip_norm: see `make_step`.
+      heads: how many `Outputs.heads` the model has, to be tested beside
+        `Outputs.logits`.
+      extra: what the state carries beside, see `train.extras`.
     """
     self.model = model
     self.preprocess = preprocess
-    self.optimizer = optimizer
-    step = gather_batch(make_step(loss_fn, optimizer, clip_norm=clip_norm))
+    self.heads = heads
+    self.extra = extra
+    if isinstance(loss_fn, list) and isinstance(optimizer, list):
+      self.optimizer = optimizer[0]
+      pairs = zip(loss_fn, optimizer, strict=True)
+      step = in_turn(
+        [make_step(one, moved, clip_norm=clip_norm) for one, moved in pairs]
+      )
+    else:
+      self.optimizer = optimizer
+      step = make_step(loss_fn, optimizer, clip_norm=clip_norm)
+    if extra is not None:
+      step = with_extra(step, extra.update)
+    step = gather_batch(step)
     self.runner = compile(
       step, how=how, devices=devices, steps_per_call=steps_per_call
     )
@@ -79,6 +108,31 @@ class Classifier:
     """Logits of all images, see `evaluate.predict`."""
     fn = Partial(self.logits, variables)
     return evaluate.predict(fn, images, batch_size=batch_size)
+
+  def predict_heads(
+    self, variables: Variables, images: np.ndarray, *, batch_size: int = 1000
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of all images, of the whole and of each head.
+
+    Args:
+      variables: of the model, whose outputs have heads.
+      images: [n, ...] as stored.
+      batch_size: images at a time.
+
+    Returns:
+      ([n, classes], [heads, n, classes]) float32.
+    """
+    fn = Partial(self._all_logits, variables)
+    flat = evaluate.predict(fn, images, batch_size=batch_size)
+    each = np.moveaxis(flat.reshape(len(flat), 1 + self.heads, -1), 1, 0)
+    return each[0], each[1:]
+
+  def _all_logits(self, variables: Variables, images: Any) -> jax.Array:
+    """[batch, (1 + heads) classes], for `evaluate.predict`."""
+    out = self.model.apply(variables, self.preprocess(images))[0]
+    assert out.heads is not None, "the model has no heads"
+    each = jnp.concatenate([out.logits[None], out.heads])
+    return jnp.moveaxis(each, 0, 1).reshape(each.shape[1], -1)
 
   def fit(
     self,
@@ -120,6 +174,10 @@ class Classifier:
       self.optimizer,
       jax.random.fold_in(key, 1),
       model_state={"model": start["state"]},
+      extra=self.extra
+      and self.extra.start(
+        {"model": start["params"]}, {"model": start["state"]}
+      ),
     )
 
     def variables(state: TrainState) -> Variables:
@@ -129,9 +187,19 @@ class Classifier:
       }
 
     def scores(state: TrainState) -> dict[str, float]:
-      logits = self.predict(variables(state), test["image"])
+      said = variables(state)
+      more = {}
+      if self.heads:
+        logits, heads = self.predict_heads(said, test["image"])
+        each = [evaluate.classification(h, test["label"]) for h in heads]
+        more["mean test errors"] = np.mean([e["errors"] for e in each])
+        if len(heads) > 1:
+          more["peer agreement"] = fidelity.peer_agreement(heads)
+      else:
+        logits = self.predict(said, test["image"])
       found = evaluate.classification(logits, test["label"])
-      return {"test errors": found["errors"], "test NLL": found["nll"]}
+      scores = {"test errors": found["errors"], "test NLL": found["nll"]}
+      return {**scores, **more}
 
     if batches is None:
       n = len(frozen["data"]["id"])

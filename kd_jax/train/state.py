@@ -23,6 +23,8 @@ class TrainState(flax.struct.PyTreeNode):
       `fold_in(key, step)`, so nothing about randomness needs to be saved.
     skipped: int32 scalar, how many steps were not finite. Past the allowed
       number the state no longer changes: it is the last good one.
+    extra: what a method keeps beside the parameters and no gradient reaches:
+      an average of them (EMA), stale copies of peers. Often {}.
   """
 
   step: jax.Array
@@ -31,6 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
   model_state: Mapping[str, Any]
   key: jax.Array
   skipped: jax.Array
+  extra: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def init_state(
@@ -39,6 +42,7 @@ def init_state(
   key: jax.Array,
   *,
   model_state: Mapping[str, Any] | None = None,
+  extra: Mapping[str, Any] | None = None,
 ) -> TrainState:
   """The state at step 0.
 
@@ -47,10 +51,11 @@ def init_state(
     optimizer: the optax transformation that `make_step` will use.
     key: typed key, `jax.random.key(seed)`.
     model_state: non-trainable state in a dict by role.
+    extra: see `TrainState`.
 
   Returns:
-    A fresh `TrainState`. It holds copies of `params` and `model_state`: the
-    compiled step donates its input, and must not eat the caller's arrays.
+    A fresh `TrainState`. It holds copies of all it is given: the compiled step
+    donates its input, and must not eat the caller's arrays.
   """
   copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
   params = copy(dict(params))
@@ -61,4 +66,5 @@ def init_state(
     model_state=copy(dict(model_state or {})),
     key=key,
     skipped=jnp.zeros((), jnp.int32),
+    extra=copy(dict(extra or {})),
   )

@@ -5,7 +5,8 @@ across devices and accumulation steps, gradients, clipping, and the guard that
 keeps a non-finite update out of the state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any
 
 import flax.struct
@@ -201,20 +202,12 @@ def make_step(
       params=optax.apply_updates(state.params, updates),
       opt_state=opt_state,
       model_state=model_state,
-    )
-    state_out = jax.tree.map(
-      lambda a, b: jnp.where(apply, a, b),
-      (new.params, new.opt_state, new.model_state),
-      (state.params, state.opt_state, state.model_state),
+      step=state.step + 1,
     )
     skipped = state.skipped + (~finite & ~frozen_for_good).astype(jnp.int32)
     alive = skipped <= max_skipped
-    new = state.replace(
-      params=state_out[0],
-      opt_state=state_out[1],
-      model_state=state_out[2],
-      step=state.step + alive.astype(jnp.int32),
-      skipped=skipped,
+    new = keep(apply, new, state).replace(
+      step=state.step + alive.astype(jnp.int32), skipped=skipped
     )
     metrics = {**metrics, "grad_norm": norm, "ok": alive.astype(jnp.float32)}
     return new, metrics
@@ -232,6 +225,123 @@ def make_step(
 
   step.bad_leaves = bad_leaves  # type: ignore[attr-defined]
   return step
+
+
+def keep(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+  """The new state where `good`, the old one elsewhere; `key` is the old."""
+  which = lambda a, b: jnp.where(good, a, b)
+  return jax.tree.map(
+    which, new.replace(key=None), old.replace(key=None)
+  ).replace(key=old.key)
+
+
+def in_turn(
+  steps: Sequence[Callable[..., tuple[TrainState, Metrics]]],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Several steps on one batch as one: each sees what those before have done.
+
+  Args:
+    steps: what `make_step` returned, for one state, without `max_skipped`.
+
+  Returns:
+    A step that counts as one. If one of them is not finite, none is made. Its
+    metrics are sums over the steps, but for `grad_norm`, the largest.
+
+  Raises:
+    ValueError: if there is no step.
+  """
+  if not steps:
+    raise ValueError("steps is empty; it should hold at least one")
+
+  def step(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[TrainState, Metrics]:
+    now, found = state, []
+    for one in steps:
+      now, metrics = one(
+        now.replace(step=state.step), frozen, batch, axis_name=axis_name
+      )
+      found.append(metrics)
+    together = {
+      "loss": sum(metrics.pop("loss") for metrics in found),
+      "ok": functools.reduce(jnp.minimum, [m.pop("ok") for m in found]),
+      "grad_norm": functools.reduce(
+        jnp.maximum, [m.pop("grad_norm") for m in found]
+      ),
+    }
+    for metrics in found:
+      for name, value in metrics.items():
+        together[name] = together.get(name, 0.0) + value
+    fine = together["ok"] > 0
+    new = keep(fine, now, state).replace(skipped=now.skipped)
+    return new, together
+
+  def bad_leaves(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[Any, Metrics]:
+    """Of the first of the steps that is not finite."""
+    now = state.replace(skipped=jnp.zeros_like(state.skipped))
+    leaves, metrics = None, {}
+    for one in steps:
+      fine, own = one.bad_leaves(now, frozen, batch, axis_name=axis_name)  # type: ignore[attr-defined]
+      now, _ = one(now, frozen, batch, axis_name=axis_name)
+      now = now.replace(step=state.step)
+      both = lambda a, b: a & b
+      leaves = fine if leaves is None else jax.tree.map(both, leaves, fine)
+      metrics |= own
+    return leaves, metrics
+
+  step.bad_leaves = bad_leaves  # type: ignore[attr-defined]
+  return step
+
+
+def with_extra(
+  step: Callable[..., tuple[TrainState, Metrics]],
+  update: Callable[[Any, TrainState], Any],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Lets a step keep something beside the parameters, see `train.extras`.
+
+  Args:
+    step: what `make_step` or `in_turn` returned.
+    update: `update(extra, state) -> extra`, from the extra before the step and
+      the state after it. It is not called for a step that was not made.
+
+  Returns:
+    The same step, whose `loss_fn` finds the extra in `frozen["extra"]`.
+  """
+
+  def run(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[TrainState, Metrics]:
+    frozen = {**frozen, "extra": state.extra}
+    new, metrics = step(state, frozen, batch, axis_name=axis_name)
+    changed = new.replace(extra=update(state.extra, new))
+    return keep(new.step > state.step, changed, new), metrics
+
+  def bad_leaves(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[Any, Metrics]:
+    frozen = {**frozen, "extra": state.extra}
+    return step.bad_leaves(state, frozen, batch, axis_name=axis_name)  # type: ignore[attr-defined]
+
+  run.bad_leaves = bad_leaves  # type: ignore[attr-defined]
+  return run
 
 
 def gather_batch(

@@ -1,6 +1,7 @@
 """A comparison: several networks, several seeds, one table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import json
 import pathlib
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from kd_jax import compression
+from kd_jax.files import write_text
 from kd_jax.scoreboard import Scoreboard
 from kd_jax.train.checks import PERIODS
 from kd_jax.train.classifier import Classifier, Variables
@@ -55,8 +57,9 @@ class Study:
     kind: str,
     seed: int,
     settings: Mapping[str, Any],
+    offset: int = 0,
     **batches: Any,
-  ) -> tuple[Variables, np.ndarray]:
+  ) -> tuple[Variables, Any]:
     """Trains one network with one seed.
 
     Args:
@@ -65,12 +68,13 @@ class Study:
       name: of the stage's folder below `seed<seed>`.
       title: for people.
       kind: the network's title in the table of costs.
-      seed: see `Classifier.fit`.
+      seed: of the run, see `Classifier.fit`.
+      offset: is added to the seed in training: a twin of the same run.
       settings: has `steps` and `batch_size`.
       **batches: `views`, `partners`, `batches` of `Classifier.fit`.
 
     Returns:
-      (its variables after the last step, its logits for the test set).
+      (its variables after the last step, what `test` returns).
     """
     workdir, label = self.stages.enter(
       f"seed{seed}/{name}", f"{title}, seed {seed}"
@@ -78,7 +82,7 @@ class Study:
     variables = net.fit(
       frozen,
       self._test,
-      seed,
+      seed + offset,
       batch_size=settings["batch_size"],
       num_steps=settings["steps"],
       workdir=workdir,
@@ -88,14 +92,44 @@ class Study:
     )
     return variables, self.test(net, variables, kind=kind)
 
-  def test(
-    self, net: Classifier, variables: Variables, *, kind: str
-  ) -> np.ndarray:
-    """A network's logits for the test set; the first of a kind is timed."""
+  def test(self, net: Classifier, variables: Variables, *, kind: str) -> Any:
+    """A network's logits for the test set; the first of a kind is timed.
+
+    Args:
+      net: the network.
+      variables: its.
+      kind: its title in the table of costs.
+
+    Returns:
+      [n, classes]; with heads, what `Classifier.predict_heads` returns.
+    """
     images = self._test["image"]
     if kind not in self.costs:
       self.costs[kind] = compression.cost(net.logits, variables, images[:100])
+    if net.heads:
+      return net.predict_heads(variables, images)
     return net.predict(variables, images)
+
+  def once(
+    self, name: str, measure: Callable[[], Mapping[str, float]]
+  ) -> dict[str, float]:
+    """What `measure` returns, from a file if it was measured before.
+
+    Args:
+      name: of the file, below the run's directory.
+      measure: returns numbers by name.
+
+    Returns:
+      The numbers.
+    """
+    path = self.stages.directory / name
+    if path.exists():
+      return json.loads(path.read_text(encoding="utf-8"))
+    found = {key: float(value) for key, value in measure().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      write_text(path, json.dumps(found) + "\n")
+    return found
 
   def result(
     self, claims: Sequence[tuple[str, str, str, str]], **fields: Any

@@ -94,8 +94,8 @@ def test_function_matching_mixes_the_partners_own_view():
   view, _ = settings("consistent")
   now = batch()
   partner = {**now["partner"], "epoch": now["epoch"]}
-  own = patient_consistent.look(KEY, now, view)
-  other = patient_consistent.look(KEY, partner, view)
+  own = train.random_views(view)(KEY, now)
+  other = train.random_views(view)(KEY, partner)
   keys = views.keys(KEY, now["id"], now["epoch"])
   r = np.float64(views.mix_ratios(keys))[:, None, None, None]
   np.testing.assert_allclose(
@@ -253,7 +253,7 @@ def test_the_students_that_configs_name(name, arg, parameters):
   ("change", "message"),
   [
     ({"view.size": 29}, "view.size is 29; it should be at least 1 and at most"),
-    ({"view.crop": "none"}, "view.crop is 'none'"),
+    ({"view.crop": "whirl"}, "view.crop is 'whirl'"),
     ({"view.least_area": 0.0}, "view.least_area is 0.0"),
     ({"transfer": 4000}, "transfer is 4000"),
     ({"transfer": 10}, "batch_size is 16, but the data set has only 10"),
@@ -335,7 +335,7 @@ def test_a_teacher_that_does_not_fit(checkpoint, classes, fields, message):
 
 def test_a_teacher_from_a_file_teaches(checkpoint, tmp_path, monkeypatch):
   """Images of three channels; the teacher's logits are those of the file."""
-  load = patient_consistent.data.load
+  load = patient_consistent.train.setup.data.load
 
   def in_colour(name, split, data_dir):
     source = load(name, split, data_dir)
@@ -347,7 +347,7 @@ def test_a_teacher_from_a_file_teaches(checkpoint, tmp_path, monkeypatch):
 
     return dataclasses.replace(source, fetch=fetched, image_shape=(28, 28, 3))
 
-  monkeypatch.setattr(patient_consistent.data, "load", in_colour)
+  monkeypatch.setattr(patient_consistent.train.setup.data, "load", in_colour)
   config = tiny(("fixed_30",))
   config.teachers.teacher.checkpoint = checkpoint
   config.teachers.teacher.model = "bit_resnet"

@@ -1,0 +1,37 @@
+"""Born-again networks at the scale of a CPU core: 5,000 CIFAR-10 images.
+
+Arguments, as `--config=configs/born_again/cifar10.py:ARG`, joined by "+":
+  generations three generations with and without labels, twins, ensembles, and
+              the two ablations (the default)
+  unlike      a wide residual network teaches a DenseNet, and back
+  smoke       two steps of tiny networks on digits that need no download
+"""
+
+from configs.born_again import _common as common
+
+STUDIES = {"generations": common.generations, "unlike": common.unlike}
+WORDS = (*STUDIES, "smoke")
+
+
+def get_config(arg="generations"):
+  """The settings of the studies in `arg`; see the top of the file."""
+  words = common.words(arg or "generations", WORDS)
+  c = common.base("cifar10", "train", "test")
+  c.study = arg or "generations"
+  c.transfer = 5000
+  c.seeds = (0, 1, 2, 3, 4)
+  layers = ((32, 4, 4), (64, 3, 1), (64, 3, 2))
+  c.networks.student = common.network(
+    "cnn", fields={"layers": layers, "pool": False}
+  )
+  c.networks.residual = common.network(
+    "wide_resnet", fields={"depth": 10, "width": 1, "norm": "group"}
+  )
+  c.networks.dense = common.network(
+    "densenet", fields={"depth": 16, "growth": 12, "norm": "group"}
+  )
+  studies = [word for word in words if word in STUDIES] or ["generations"]
+  for study in studies:
+    STUDIES[study](c, epochs=20.0)
+  common.finish(c, smoke="smoke" in words)
+  return c
