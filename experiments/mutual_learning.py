@@ -110,6 +110,7 @@ def network(config, row, steps, num_classes):
   turns = names if row["updates"] == "in_turn" else [None]
   loss_fns = [make_loss(model, config.view, row, name) for name in turns]
   how = {"heads": len(nets), "extra": extra, "clip_norm": None}
+  how["peers"] = row["groups"]
   return train.image_classifier(
     config, s, model, loss_fns, [moving(name) for name in turns], **how
   )
@@ -138,6 +139,17 @@ def check_row(config, where, row):
     raise ValueError(
       f"{where}.stacked is True; it should be False, unless all peers are "
       "alike and move together"
+    )
+  devices = len(train.use_devices(config.devices))
+  if row.groups < 1 or count % row.groups or devices % row.groups:
+    raise ValueError(
+      f"{where}.groups is {row.groups}; it should divide the {count} peers and "
+      f"the {devices} devices"
+    )
+  if row.groups > 1 and not (row.stacked and config.parallel == "jit"):
+    raise ValueError(
+      f"{where}.groups is {row.groups}; it should be 1, unless peers are "
+      "stacked and parallel is 'jit'"
     )
   first = config.networks[row.peers[0]]
   for name in row.peers:

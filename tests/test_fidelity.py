@@ -136,3 +136,12 @@ def test_wrong_arguments_are_named():
     fidelity.measure(student.astype(int), teacher)
   with pytest.raises(ValueError, match="no example"):
     fidelity.measure(student, teacher, where=np.zeros(5, bool))
+
+
+def test_agreement_of_peers_is_the_mean_over_pairs():
+  best = np.array([[0, 1, 2, 0], [0, 1, 0, 0], [1, 1, 2, 0]])
+  logits = np.eye(3)[best]
+  pairs = [np.mean(best[i] == best[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+  assert fidelity.peer_agreement(logits) == pytest.approx(np.mean(pairs))
+  with pytest.raises(ValueError, match="at least two peers"):
+    fidelity.peer_agreement(logits[:1])

@@ -48,3 +48,19 @@ def test_rows_and_comparisons():
 def test_an_unknown_row_is_an_error():
   with pytest.raises(KeyError, match="soft"):
     Scoreboard(np.zeros(1, int)).compare([("", "soft", "hard", "lower")])
+
+
+def test_several_alike_count_with_the_mean_of_their_scores():
+  labels = np.array([0, 1, 1, 0])
+  logits = np.random.default_rng(0).normal(size=(3, 4, 2))
+  board = Scoreboard(labels)
+  board.add("all", logits, seed=0)
+  each = Scoreboard(labels)
+  for i, one in enumerate(logits):
+    each.add("each", one, seed=i)
+  found = board.result(())["rows"][0]
+  apart = each.result(())["rows"][0]
+  np.testing.assert_allclose(found["values"], [np.mean(apart["values"])])
+  np.testing.assert_allclose(
+    found["details"]["nll"], [np.mean(apart["details"]["nll"])]
+  )

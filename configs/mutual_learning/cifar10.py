@@ -29,6 +29,7 @@ def cohort(label, peers, epochs=20.0, **more):
     "exchange_every": 50,  # steps between new copies of "stale"
     "decay": 0.99,  # of "ema"
     "stacked": False,  # one batched program for all: good on accelerators
+    "groups": 1,  # of devices, over which stacked peers are spread
   }
   unknown = set(more) - set(fields)
   assert not unknown, unknown

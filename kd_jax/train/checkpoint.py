@@ -234,7 +234,8 @@ def load_teacher(
   """The variables of a teacher, from a file or from another run.
 
   Args:
-    path: a file, see `models.load`, or a directory, see `load_trained`.
+    path: an `.npz` file, see `models.load`; everything else is taken as a
+      directory, see `load_trained`.
     name: of the reference model, see `models.create`.
     num_classes: as for `models.create`.
     shape: of one input, without the batch.
@@ -247,7 +248,7 @@ def load_teacher(
     BadInput: if it cannot be read or is of another architecture.
     ValueError: if there is no such model or field.
   """
-  if not os.path.isdir(path):
+  if os.fspath(path).endswith(".npz"):
     return models.load(path, name, num_classes, **fields)
   model = models.create(name, num_classes, **fields)
   inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

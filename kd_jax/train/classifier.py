@@ -58,6 +58,7 @@ class Classifier:
     clip_norm: float | None = None,
     heads: int = 0,
     extra: Extra | None = None,
+    peers: int = 1,
   ):
     """Makes the step.
 
@@ -76,25 +77,29 @@ class Classifier:
       heads: how many `Outputs.heads` the model has, to be tested beside
         `Outputs.logits`.
       extra: what the state carries beside, see `train.extras`.
+      peers: see `compile`.
     """
     self.model = model
     self.preprocess = preprocess
     self.heads = heads
     self.extra = extra
-    if isinstance(loss_fn, list) and isinstance(optimizer, list):
-      self.optimizer = optimizer[0]
-      pairs = zip(loss_fn, optimizer, strict=True)
-      step = in_turn(
-        [make_step(one, moved, clip_norm=clip_norm) for one, moved in pairs]
-      )
-    else:
-      self.optimizer = optimizer
-      step = make_step(loss_fn, optimizer, clip_norm=clip_norm)
+    losses = loss_fn if isinstance(loss_fn, list) else [loss_fn]
+    moved = optimizer if isinstance(optimizer, list) else [optimizer]
+    self.optimizer = moved[0]
+    steps = [
+      make_step(one, move, clip_norm=clip_norm)
+      for one, move in zip(losses, moved, strict=True)
+    ]
+    step = steps[0] if len(steps) == 1 else in_turn(steps)
     if extra is not None:
       step = with_extra(step, extra.update)
     step = gather_batch(step)
     self.runner = compile(
-      step, how=how, devices=devices, steps_per_call=steps_per_call
+      step,
+      how=how,
+      devices=devices,
+      steps_per_call=steps_per_call,
+      peers=peers,
     )
 
   def logits(self, variables: Variables, images: Any) -> jax.Array:
@@ -188,11 +193,11 @@ class Classifier:
 
     def scores(state: TrainState) -> dict[str, float]:
       said = variables(state)
-      more = {}
+      more: dict[str, float] = {}
       if self.heads:
         logits, heads = self.predict_heads(said, test["image"])
         each = [evaluate.classification(h, test["label"]) for h in heads]
-        more["mean test errors"] = np.mean([e["errors"] for e in each])
+        more["mean test errors"] = float(np.mean([e["errors"] for e in each]))
         if len(heads) > 1:
           more["peer agreement"] = fidelity.peer_agreement(heads)
       else:

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from kd_jax.train.state import TrainState
+
 AXIS = "batch"
+PEERS = "peer"
 
 
 class Runner:
@@ -30,6 +33,8 @@ class Runner:
     devices: the devices used.
     steps_per_call: how many steps one call makes. Above 1, batches have a
       further leading axis of that length, and so have the metrics.
+    peers: over how many groups of devices the peers of a stacked cohort are
+      spread.
   """
 
   def __init__(
@@ -38,6 +43,7 @@ class Runner:
     how: str,
     devices: Sequence[jax.Device],
     steps_per_call: int,
+    peers: int = 1,
   ):
     self.step = step
     self.how = how
@@ -51,9 +57,20 @@ class Runner:
     mesh = self.devices
     if how == "pmap":
       mesh = tuple(self.devices[i] for i in self._local)
-    self._mesh = Mesh(np.asarray(mesh), (AXIS,), axis_types=(AxisType.Auto,))
+    self.peers = peers
+    self._mesh = Mesh(
+      np.asarray(mesh).reshape(peers, -1),
+      (PEERS, AXIS),
+      axis_types=(AxisType.Auto,) * 2,
+    )
     axis_name = None if how == "jit" else AXIS
-    one = functools.partial(step, axis_name=axis_name)
+    inner = functools.partial(step, axis_name=axis_name)
+
+    def one(state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+      state, metrics = inner(state, frozen, batch)
+      if peers > 1:  # where they were, so that the next call finds them there
+        state = lax.with_sharding_constraint(state, self._places(state))
+      return state, metrics
 
     def many(state: Any, frozen: Any, batches: Any) -> tuple[Any, Any]:
       return lax.scan(lambda s, b: one(s, frozen, b), state, batches)
@@ -77,7 +94,14 @@ class Runner:
     return state, metrics
 
   def replicate(self, tree: Any) -> Any:
-    """Puts a copy of every array on every device."""
+    """Puts a copy of every array on every device.
+
+    Of a `TrainState` whose peers are spread, each device gets its own peers'
+    part.
+    """
+    if self.peers > 1 and isinstance(tree, TrainState):
+      places = self._places(tree)
+      return jax.tree.map(lambda x, at: self._put(x, at.spec), tree, places)
     spec = P() if self.how == "jit" else P(AXIS)
     copies = len(self._local)
 
@@ -105,7 +129,7 @@ class Runner:
 
     def put(x: Any) -> jax.Array:
       x = np.asarray(x)
-      check_divides(x.shape[lead], len(self.devices))
+      check_divides(x.shape[lead], len(self.devices) // self.peers)
       if self.how == "jit":
         return self._put(x, P(*[None] * lead, AXIS))
       split = (len(self.devices), x.shape[lead] // len(self.devices))
@@ -118,8 +142,14 @@ class Runner:
     """The first device's copy of a replicated tree.
 
     It shares memory with `tree`: a further step with the donated `tree` ends
-    it.
+    it. Peers that are spread are brought together.
     """
+    if self.peers > 1 and isinstance(tree, TrainState):
+      return jax.tree.map(
+        lambda x, at: self._gather(x) if at.spec else x.addressable_data(0),
+        tree,
+        self._places(tree),
+      )
     first = lambda x: x.addressable_data(0)
     if self.how == "jit":
       return jax.tree.map(first, tree)
@@ -138,6 +168,23 @@ class Runner:
     """
     state, frozen = self.unreplicate((state, frozen))
     return jax.jit(self.step.bad_leaves)(state, frozen, batch)  # type: ignore[attr-defined]
+
+  def _places(self, state: Any) -> Any:
+    """A sharding for each leaf: what is a peer's has a leading axis for it."""
+    here = NamedSharding(self._mesh, P())
+    each = NamedSharding(self._mesh, P(PEERS))
+    spread = {
+      name: jax.tree.map(lambda _: each, getattr(state, name))
+      for name in ("params", "opt_state", "model_state", "extra")
+    }
+    return jax.tree.map(lambda _: here, state).replace(**spread)
+
+  def _gather(self, x: jax.Array) -> Any:
+    if jax.process_count() == 1:
+      return jnp.asarray(jax.device_get(x))
+    from jax.experimental import multihost_utils
+
+    return jnp.asarray(multihost_utils.process_allgather(x, tiled=True))
 
   def _put(self, x: Any, spec: P) -> jax.Array:
     sharding = NamedSharding(self._mesh, spec)
@@ -158,6 +205,7 @@ def compile(
   how: str = "jit",
   devices: Sequence[jax.Device] | None = None,
   steps_per_call: int = 1,
+  peers: int = 1,
 ) -> Runner:
   """Compiles a step of `make_step` for one or many devices.
 
@@ -168,12 +216,16 @@ def compile(
     steps_per_call: steps per dispatch; above 1 they are scanned on the device,
       which pays for tiny models. On CPU, a convolution's weight gradient is
       slow inside a scan.
+    peers: for stacked cohorts (`models.stacked`, `by_peer`): a mesh axis over
+      which the peers are spread. Each group of devices holds and trains its
+      own share of them, and they exchange logits only.
 
   Returns:
     A `Runner`.
 
   Raises:
-    ValueError: on an unknown `how`, or `steps_per_call` below 1.
+    ValueError: on an unknown `how`, `steps_per_call` below 1, or `peers` that
+      do not divide the devices.
   """
   if how not in ("jit", "pmap"):
     raise ValueError(f"how is {how!r}; it should be 'jit' or 'pmap'")
@@ -182,7 +234,12 @@ def compile(
       f"steps_per_call is {steps_per_call}; it should be at least 1"
     )
   devices = jax.devices() if devices is None else devices
-  return Runner(step, how, devices, steps_per_call)
+  if peers < 1 or len(devices) % peers or (peers > 1 and how != "jit"):
+    raise ValueError(
+      f"peers is {peers}; it should divide the number of devices, "
+      f"{len(devices)}, and be 1 but for 'jit'"
+    )
+  return Runner(step, how, devices, steps_per_call, peers)
 
 
 def check_divides(batch_size: int, num_devices: int) -> None:

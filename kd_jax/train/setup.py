@@ -11,7 +11,6 @@ import optax
 
 from kd_jax import data, models
 from kd_jax.data import augment
-from kd_jax.data.source import Arrays
 from kd_jax.errors import check_choice, check_number, naming
 from kd_jax.train.checks import check_periods, check_settings
 from kd_jax.train.classifier import Classifier
@@ -185,7 +184,7 @@ def random_views(
   how = {k: view[k] for k in ("size", "padding", "least_area", "flip")}
   crop = "none" if view["on_host"] else view["crop"]
 
-  def look(key: Any, rows: Arrays, image: str = "image") -> Any:
+  def look(key: Any, rows: Mapping[str, Any], image: str = "image") -> Any:
     return augment.view(
       key, rows["id"], rows["epoch"], rows[image], crop=crop, **how
     )

@@ -6,7 +6,6 @@ keeps a non-finite update out of the state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any
 
 import flax.struct
@@ -266,16 +265,13 @@ def in_turn(
         now.replace(step=state.step), frozen, batch, axis_name=axis_name
       )
       found.append(metrics)
-    together = {
-      "loss": sum(metrics.pop("loss") for metrics in found),
-      "ok": functools.reduce(jnp.minimum, [m.pop("ok") for m in found]),
-      "grad_norm": functools.reduce(
-        jnp.maximum, [m.pop("grad_norm") for m in found]
-      ),
-    }
+    how = {"ok": jnp.minimum, "grad_norm": jnp.maximum}
+    together: Metrics = {}
     for metrics in found:
       for name, value in metrics.items():
-        together[name] = together.get(name, 0.0) + value
+        join = how.get(name, jnp.add)
+        known = name in together
+        together[name] = join(together[name], value) if known else value
     fine = together["ok"] > 0
     new = keep(fine, now, state).replace(skipped=now.skipped)
     return new, together
@@ -289,7 +285,8 @@ def in_turn(
   ) -> tuple[Any, Metrics]:
     """Of the first of the steps that is not finite."""
     now = state.replace(skipped=jnp.zeros_like(state.skipped))
-    leaves, metrics = None, {}
+    leaves: Any = None
+    metrics: Metrics = {}
     for one in steps:
       fine, own = one.bad_leaves(now, frozen, batch, axis_name=axis_name)  # type: ignore[attr-defined]
       now, _ = one(now, frozen, batch, axis_name=axis_name)

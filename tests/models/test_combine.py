@@ -124,3 +124,70 @@ def test_what_a_cnn_refuses():
     )
   with pytest.raises(ValueError, match="inputs has shape"):
     models.create("cnn", 5).init(jax.random.key(0), jnp.zeros((1, 8)))
+
+
+class TestCohort:
+  """Peers as one model: unlike ones, and one architecture stacked."""
+
+  def setup_method(self):
+    self.net = models.create("cnn", 3, layers=((8, 3, 2),))
+    self.images = jax.random.normal(jax.random.key(0), (5, 6, 6, 1))
+
+  def test_each_head_is_that_network(self):
+    members = {"a": self.net, "b": linear(3)}
+    both = models.cohort(members)
+    variables = both.init(jax.random.key(1), self.images)
+    out, state = both.apply(variables, self.images, train=True)
+    assert state == {"a": {}, "b": {}}
+    total = 0.0
+    for i, (name, net) in enumerate(members.items()):
+      own = {part: variables[part][name] for part in ("params", "state")}
+      alone = net.apply(own, self.images)[0].logits
+      np.testing.assert_allclose(out.heads[i], alone, rtol=1e-6)
+      total = total + np.float64(jax.nn.softmax(alone)) / 2
+    np.testing.assert_allclose(jax.nn.softmax(out.logits), total, rtol=1e-5)
+
+  def test_stacked_is_the_cohort_of_equals(self):
+    apart = models.cohort({f"peer_{i}": self.net for i in range(3)})
+    together = models.stacked(self.net, 3)
+    key = jax.random.key(2)
+    one = apart.init(key, self.images)
+    other = together.init(key, self.images)
+    for i in range(3):
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        one["params"][f"peer_{i}"],
+        jax.tree.map(lambda x, i=i: x[i], other["params"]),
+      )
+    np.testing.assert_allclose(
+      together.apply(other, self.images)[0].heads,
+      apart.apply(one, self.images)[0].heads,
+      rtol=1e-5,
+      atol=1e-6,
+    )
+
+  @pytest.mark.parametrize("stack", [False, True])
+  def test_each_draws_from_a_key_of_its_own(self, stack):
+    net = models.create("mlp", 3, hidden=(64,), dropout=0.5)
+    same = {"params": None, "state": {}}
+    start = net.init(jax.random.key(0), self.images)
+    if stack:
+      model = models.stacked(net, 2)
+      copies = jax.tree.map(lambda x: jnp.stack([x, x]), start["params"])
+      same = {"params": copies, "state": {}}
+    else:
+      model = models.cohort({"a": net, "b": net})
+      same = {
+        "params": {"a": start["params"], "b": start["params"]},
+        "state": {"a": {}, "b": {}},
+      }
+    out, _ = model.apply(same, self.images, train=True, key=jax.random.key(3))
+    assert np.abs(out.heads[0] - out.heads[1]).max() > 1e-3
+    out, _ = model.apply(same, self.images)
+    np.testing.assert_allclose(out.heads[0], out.heads[1], rtol=1e-6)
+
+  def test_there_is_somebody(self):
+    with pytest.raises(ValueError, match="members is empty"):
+      models.cohort({})
+    with pytest.raises(ValueError, match="count is 0"):
+      models.stacked(self.net, 0)

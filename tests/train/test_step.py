@@ -163,3 +163,119 @@ def test_state_does_not_alias_the_callers_arrays(problem):
   step = jax.jit(problem.step(), donate_argnums=0)
   step(problem.state(), {}, rows(problem, np.arange(16)))
   np.asarray(problem.variables["params"]["Dense_0"]["bias"])  # still there
+
+
+class TestInTurn:
+  """Two steps on one batch, counted as one."""
+
+  def steps(self, problem, poison=False):
+    def second(params, model_state, frozen, batch, key):
+      terms, aux = problem.loss_fn(params, model_state, frozen, batch, key)
+      if poison:
+        terms["hard"] = Term(terms["hard"].value * jnp.nan)
+      return terms, aux
+
+    return [
+      train.make_step(problem.loss_fn, problem.optimizer),
+      train.make_step(second, problem.optimizer),
+    ]
+
+  def test_the_second_sees_what_the_first_has_done(self, problem, same):
+    batch = rows(problem, np.arange(16))
+    first, second = self.steps(problem)
+    state, metrics = jax.jit(train.in_turn([first, second]))(
+      problem.state(), {}, batch
+    )
+    one, found = jax.jit(first)(problem.state(), {}, batch)
+    two, more = jax.jit(second)(one.replace(step=jnp.int32(0)), {}, batch)
+    same(state.params, two.params)
+    assert state.step == 1 and metrics["ok"] == 1
+    for name in ("loss", "hard"):
+      np.testing.assert_allclose(
+        metrics[name], found[name] + more[name], rtol=1e-5
+      )
+
+  def test_none_is_made_if_one_is_not_finite(self, problem, same):
+    batch = rows(problem, np.arange(16))
+    step = train.in_turn(self.steps(problem, poison=True))
+    start = problem.state()
+    state, metrics = jax.jit(step)(start, {}, batch)
+    same(state.params, start.params, exact=True)
+    same(state.opt_state, start.opt_state, exact=True)
+    assert state.step == 0 and state.skipped == 1 and metrics["ok"] == 0
+    again, _ = jax.jit(step)(state, {}, batch)
+    same(again.params, start.params, exact=True)
+    leaves, found = jax.jit(step.bad_leaves)(start, {}, batch)
+    assert not all(jax.tree.leaves(leaves)) and np.isnan(found["hard"])
+
+  def test_there_is_a_step(self):
+    with pytest.raises(ValueError, match="steps is empty"):
+      train.in_turn([])
+
+
+class TestExtras:
+  """What is carried beside the parameters."""
+
+  def run(self, problem, extra, count=5):
+    """The parameters after each step, and the extra."""
+    step = jax.jit(train.with_extra(problem.step(), extra.update))
+    state = problem.state()
+    start = extra.start(state.params, state.model_state)
+    state = state.replace(extra=start)
+    history, extras = [state.params], []
+    for i in range(count):
+      state, _ = step(state, {}, rows(problem, np.arange(16) + i))
+      history.append(state.params)
+      extras.append(state.extra["params"])
+    return history, extras
+
+  def test_the_mean_begins_plain_and_then_decays(self, problem, same):
+    history, extras = self.run(problem, train.ema(0.7))
+    mean = jax.tree.map(np.float64, history[0])
+    for t, (params, found) in enumerate(zip(history[1:], extras, strict=True)):
+      a = min(1 - 1 / (t + 2), 0.7)
+      mean = jax.tree.map(lambda m, w, a=a: a * m + (1 - a) * w, mean, params)
+      same(found, mean)
+    plain = jax.tree.map(lambda *w: np.mean(w, 0), *history[:3])
+    same(extras[1], plain)
+
+  def test_copies_are_renewed_at_their_time(self, problem, same):
+    history, extras = self.run(problem, train.stale(2))
+    for t, found in enumerate(extras, start=1):
+      same(found, history[t - t % 2], exact=True)
+
+  def test_the_loss_finds_it_and_a_bad_step_leaves_it(self, problem, same):
+    def loss_fn(params, model_state, frozen, batch, key):
+      terms, aux = problem.loss_fn(params, model_state, frozen, batch, key)
+      kernel = frozen["extra"]["params"]["model"]["Dense_0"]["kernel"]
+      seen = jnp.full(16, jnp.sum(kernel))
+      return terms, train.Aux(aux.model_state, {"seen": seen})
+
+    extra = train.ema(0.5)
+    step = train.with_extra(
+      train.make_step(loss_fn, problem.optimizer), extra.update
+    )
+    state = problem.state()
+    start = extra.start(state.params, state.model_state)
+    state = state.replace(extra=start)
+    batch = rows(problem, np.arange(16))
+    _, metrics = jax.jit(step)(state, {}, batch)
+    kernel = state.params["model"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(metrics["seen"], jnp.sum(kernel), rtol=1e-5)
+    batch["x"] = batch["x"].at[0].set(jnp.nan)
+    batch["valid"] = jnp.ones(16, bool)
+    bad, metrics = jax.jit(step)(state, {}, batch)
+    assert metrics["ok"] == 0
+    same(bad.extra, state.extra, exact=True)
+
+  @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+      (lambda: train.ema(1.0), "decay is 1.0; it should be below 1"),
+      (lambda: train.ema(-0.1), "decay is -0.1"),
+      (lambda: train.stale(0), "every is 0"),
+    ],
+  )
+  def test_bad_arguments(self, make, message):
+    with pytest.raises(ValueError, match=message):
+      make()
