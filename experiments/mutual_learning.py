@@ -193,7 +193,8 @@ def report(board, name, row, seed, mean, heads):
   if len(heads) > 1:
     details = {"peer agreement": fidelity.peer_agreement(heads)}
   if len(kinds) == 1:
-    board.add(name, heads, seed=seed, title=row["label"], **details)
+    title, paper = row["label"], row["paper"]
+    board.add(name, heads, seed=seed, title=title, paper=paper, **details)
   for kind in kinds if len(kinds) > 1 else ():
     alike = heads[[i for i, peer in enumerate(row["peers"]) if peer == kind]]
     title = f"{row['label']}: {kind}"

@@ -2,18 +2,9 @@
 
 from ml_collections import ConfigDict
 
+from configs import _common
+
 GENERATIONS = 3
-
-
-def words(arg, known):
-  """The words of an argument, each one of those that are known."""
-  found = arg.split("+")
-  for word in found:
-    if word not in known:
-      raise ValueError(
-        f"unknown argument {word!r}; it should be one of {', '.join(known)}"
-      )
-  return found
 
 
 def student(label, epochs, *, network="student", teacher="", **more):
@@ -31,70 +22,20 @@ def student(label, epochs, *, network="student", teacher="", **more):
     "offset": 0,  # added to the seed: a twin
     "paper": 0.0,  # the paper's number of errors
   }
-  unknown = set(more) - set(fields)
-  assert not unknown, unknown
-  return ConfigDict(fields | more)
+  return _common.fill(fields, more)
 
 
-def network(model, *, fields, batch_size=50, learning_rate=3e-3, **more):
-  """How a network looks and is trained."""
-  return ConfigDict(
-    {
-      "model": model,
-      "fields": dict(fields),
-      "size": 0,  # of its images, if not that of the views
-      "batch_size": batch_size,
-      "clip_norm": more.pop("clip_norm", 1.0),
-      "optimizer": {
-        "name": more.pop("name", "adam"),  # or "sgd"
-        "learning_rate": learning_rate,
-        "weight_decay": more.pop("weight_decay", 1e-4),
-        "warmup": more.pop("warmup", 0.05),  # steps; below 1, a share of them
-        "momentum_dtype": "float32",
-        **more,
-      },
-    }
-  )
-
-
-def base(dataset, train_split, test_split):
+def base(dataset, train_split="train", test_split="test"):
   """A config without networks and students."""
-  c = ConfigDict()
-  c.dataset = dataset
-  c.train_split = train_split
-  c.test_split = test_split
-  c.data_dir = ""
-  c.transfer = 0  # how many training images; 0 is all
-  c.seeds = (0,)
-  c.parallel = "jit"  # or "pmap"
-  c.devices = 0  # how many to use; 0 is all
-  c.steps_per_call = 1
-  c.readers = 4  # threads that read images on the host
-  c.evaluation = ()  # (shorter side, central crop); () is the whole image
-  c.eval_every = "5 epochs"  # or steps, or minutes
-  c.save_every = "10 minutes"
-  c.log_every = "50 steps"
-  c.view = ConfigDict(
-    {
-      "crop": "shift",  # a window of the padded image
-      "size": 32,
-      "padding": 4,
-      "least_area": 0.25,
-      "flip": True,
-      "on_host": False,
-    }
-  )
+  c = _common.base(dataset, train_split, test_split)
   # Of how many training images; in how large a ball, in that of the weights.
   c.sharpness = ConfigDict(
     {"images": 500, "probes": 10, "radius": 0.01, "steps": 5}
   )
   # Rows that are taken from another run, the directory of which is `run`.
   c.branch = ConfigDict({"run": "", "rows": ()})
-  c.networks = ConfigDict()
   c.students = ConfigDict()
   c.ensembles = ConfigDict()
-  c.rows = ()
-  c.claims = ()
   return c
 
 
@@ -195,18 +136,12 @@ def finish(c, smoke):
     del c.networks[name]
   if not smoke:
     return
-  c.dataset, c.view.size, c.transfer = "mnist5k", 28, 32
-  c.seeds = (0,)
+  _common.tiny(
+    c, ("generation_0", "generation_1", "generation_2", "dkpp", "cwtm")
+  )
   c.sharpness.images, c.sharpness.probes = 16, 2
-  for settings in c.networks.values():
-    settings.model = "mlp"
-    settings.fields = ConfigDict({"hidden": (8,)})
-    settings.batch_size, settings.size = 16, 8
-  kept = {"generation_0", "generation_1", "generation_2", "dkpp", "cwtm"}
-  c.rows = tuple(row for row in c.rows if row in kept) or c.rows
   for row in c.students.values():
     row.epochs = 1.0
   c.ensembles = ConfigDict()
   if "generation_2" in c.rows:
     c.ensembles["both"] = ("generation_1", "generation_2")
-  c.claims = ()

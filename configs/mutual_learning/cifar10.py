@@ -10,6 +10,8 @@ Arguments, as `--config=configs/mutual_learning/cifar10.py:ARG`, joined by "+":
 
 from ml_collections import ConfigDict
 
+from configs._common import base, fill, network, parse, tiny
+
 WORDS = ("peers", "family", "smoke")
 
 
@@ -30,29 +32,9 @@ def cohort(label, peers, epochs=20.0, **more):
     "decay": 0.99,  # of "ema"
     "stacked": False,  # one batched program for all: good on accelerators
     "groups": 1,  # of devices, over which stacked peers are spread
+    "paper": 0.0,  # the paper's number of errors, the mean of the peers
   }
-  unknown = set(more) - set(fields)
-  assert not unknown, unknown
-  return ConfigDict(fields | more)
-
-
-def network(model, learning_rate=3e-3, **fields):
-  """How a network looks and is trained."""
-  return ConfigDict(
-    {
-      "model": model,
-      "fields": fields,
-      "size": 0,  # of its images, if not that of the views
-      "batch_size": 50,
-      "clip_norm": 1.0,  # of each peer; 0 does not clip
-      "optimizer": {
-        "name": "adam",
-        "learning_rate": learning_rate,
-        "weight_decay": 1e-4,
-        "warmup": 0.05,  # steps; below 1, a share of them
-      },
-    }
-  )
+  return fill(fields, more)
 
 
 def peers():
@@ -129,42 +111,17 @@ def family():
 
 def get_config(arg="peers"):
   """The settings of the studies in `arg`; see the top of the file."""
-  words = (arg or "peers").split("+")
-  for word in words:
-    if word not in WORDS:
-      raise ValueError(
-        f"unknown argument {word!r}; it should be one of {', '.join(WORDS)}"
-      )
-  c = ConfigDict()
+  words = parse(arg, WORDS, "peers")
+  c = base("cifar10")
   c.study = arg or "peers"
-  c.dataset = "cifar10"
-  c.train_split = "train"
-  c.test_split = "test"
-  c.data_dir = ""
-  c.transfer = 5000  # how many training images; 0 is all
+  c.transfer = 5000
   c.seeds = (0, 1, 2, 3, 4)
-  c.parallel = "jit"  # or "pmap"
-  c.devices = 0  # how many to use; 0 is all
-  c.steps_per_call = 1
-  c.readers = 4  # threads that read images on the host
-  c.evaluation = ()  # (shorter side, central crop); () is the whole image
-  c.eval_every = "5 epochs"  # or steps, or minutes
-  c.save_every = "10 minutes"
-  c.log_every = "50 steps"
-  c.view = ConfigDict(
-    {
-      "crop": "shift",  # a window of the padded image
-      "size": 32,
-      "padding": 4,
-      "least_area": 0.25,
-      "flip": True,
-      "on_host": False,
-    }
-  )
-  c.networks = ConfigDict()
   for name, width in (("student", 64), ("small", 16)):
     layers = ((width // 2, 4, 4), (width, 3, 1), (width, 3, 2))
-    c.networks[name] = network("cnn", layers=layers, pool=False)
+    fields = {"layers": layers, "pool": False}
+    c.networks[name] = network(
+      "cnn", 50, 3e-3, weight_decay=1e-4, fields=fields
+    )
   rows, claims = {}, []
   for study in [word for word in words if word != "smoke"] or ["peers"]:
     more = {"peers": peers, "family": family}[study]()
@@ -174,18 +131,8 @@ def get_config(arg="peers"):
   c.rows = tuple(rows)
   c.claims = tuple(claims)
   if "smoke" in words:
-    smoke(c)
+    kept = ("alone_2", "mutual_2", "mutual_pair")
+    tiny(c, (*kept, "turns", "probability", "stale", "ema"))
+    for row in c.cohorts.values():
+      row.epochs = 1.0
   return c
-
-
-def smoke(c):
-  """Two steps of tiny networks."""
-  c.dataset, c.view.size, c.transfer, c.seeds = "mnist5k", 28, 32, (0,)
-  for settings in c.networks.values():
-    settings.model, settings.fields = "mlp", ConfigDict({"hidden": (8,)})
-    settings.batch_size, settings.size = 16, 8
-  for row in c.cohorts.values():
-    row.epochs = 1.0
-  kept = ("alone_2", "mutual_2", "mutual_pair", "turns", "probability", "stale")
-  c.rows = tuple(row for row in c.rows if row in (*kept, "ema"))
-  c.claims = ()

@@ -5,6 +5,9 @@ import signal
 
 from ml_collections import ConfigDict
 
+from configs import _common
+from configs._common import network
+
 # The checkpoint of a teacher that nobody can train in passing.
 REQUIRED = "BiT-R152x2.npz"
 # How each mode is called, and which terms its loss has.
@@ -47,64 +50,19 @@ def student(name, epochs, label="", **more):
     "bank": 0,  # views of each image that are cached; 0: new ones for ever
   }
   fields.update(MODES[name])
-  fields.update(more)
-  fields["label"] = label or fields["label"]
-  return ConfigDict(fields)
-
-
-def network(model, batch_size, learning_rate, *, fields=(), **more):
-  """How a network looks and is trained."""
-  return ConfigDict(
-    {
-      "model": model,
-      "fields": dict(fields),
-      "size": 0,  # of its images, if not that of the views
-      "batch_size": batch_size,
-      "clip_norm": 1.0,
-      "optimizer": {
-        "name": "adam",  # or "sgd"
-        "learning_rate": learning_rate,
-        "weight_decay": more.pop("weight_decay", 0.0),
-        "warmup": more.pop("warmup", 0.05),  # steps; below 1, a share of them
-        "momentum_dtype": "float32",  # or "bfloat16"
-      },
-      **more,
-    }
-  )
+  row = _common.fill(fields, more)
+  row.label = label or row.label
+  return row
 
 
 def base(dataset, train_split, test_split):
   """A config without teachers, students and views."""
-  c = ConfigDict()
-  c.dataset = dataset
-  c.train_split = train_split
-  c.test_split = test_split
-  c.data_dir = ""
-  c.transfer = 0  # training images that the students get; 0 is all
-  c.seeds = (0,)
-  c.parallel = "jit"  # or "pmap"
-  c.devices = 0  # how many to use; 0 is all
-  c.steps_per_call = 1
-  c.readers = 4  # threads that read images on the host
-  c.eval_every = "500 steps"  # or epochs, or minutes
-  c.save_every = "10 minutes"
-  c.log_every = "50 steps"
-  c.view = ConfigDict(
-    {
-      "crop": "inception",  # a random rectangle, resized; "shift": a window
-      "size": 32,
-      "padding": 4,  # of "shift"
-      "least_area": 0.08,  # of "inception"
-      "flip": True,
-      "on_host": False,  # where images come in many sizes
-    }
+  c = _common.base(
+    dataset, train_split, test_split, crop="inception", least_area=0.08
   )
-  c.evaluation = ()  # (shorter side, central crop); () is the whole image
+  c.eval_every = "500 steps"
   c.teachers = ConfigDict()
-  c.networks = ConfigDict()
   c.students = ConfigDict()
-  c.rows = ()
-  c.claims = ()
   return c
 
 
@@ -155,13 +113,7 @@ def paper(arg, dataset, train_split, test_split, budgets, teacher, images):
     "vit": ("vit", {"patch_size": 16, "width": 384, "depth": 12, "heads": 6}),
     "mobilenet": ("mobilenet_v3", {}),
   }
-  words = (arg or "medium").split("+")
-  known = [*budgets, "modes", *others, "smoke"]
-  for word in words:
-    if word not in known:
-      raise ValueError(
-        f"unknown argument {word!r}; it should be one of {', '.join(known)}"
-      )
+  words = _common.parse(arg, [*budgets, "modes", *others, "smoke"], "medium")
   budget = next((word for word in words if word in budgets), "medium")
   epochs, temperature, learning_rate, weight_decay = budgets[budget]
   c = base(dataset, train_split, test_split)

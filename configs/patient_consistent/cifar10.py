@@ -14,6 +14,7 @@ in the paper a teacher that knows more than the transfer set. Arguments, as
 
 from ml_collections import ConfigDict
 
+from configs._common import parse
 from configs.patient_consistent import _common as common
 
 EPOCHS = (30, 100, 300)
@@ -129,12 +130,7 @@ CLAIMS = {
 
 def get_config(arg="modes"):
   """The settings of the studies in `arg`; see the top of the file."""
-  words = (arg or "modes").split("+")
-  for word in words:
-    if word not in WORDS:
-      raise ValueError(
-        f"unknown argument {word!r}; it should be one of {', '.join(WORDS)}"
-      )
+  words = parse(arg, WORDS, "modes")
   if len(set(words) & set(STUDENTS)) > 1:
     raise ValueError(f"{arg!r} names two students; one is enough")
   studies = [word for word in words if word in STUDIES] or ["modes"]

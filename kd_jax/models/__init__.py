@@ -9,6 +9,10 @@ from kd_jax.models.base import (
   from_linen as from_linen,
 )
 from kd_jax.models.bit_resnet import BiTResNet as BiTResNet
+from kd_jax.models.branched import (
+  Branched as Branched,
+  MultiExit as MultiExit,
+)
 from kd_jax.models.cnn import CNN as CNN
 from kd_jax.models.combine import (
   at_resolution as at_resolution,

@@ -8,6 +8,47 @@ import jax
 from kd_jax.models.base import Outputs
 
 
+def convolutions(
+  inputs: jax.Array,
+  layers: Sequence[tuple[int, int, int]],
+  groups: int,
+  name: str | None = None,
+) -> jax.Array:
+  """Convolutions with group normalisation and ReLU, within a compact module.
+
+  Args:
+    inputs: [batch, height, width, channels].
+    layers: (channels, kernel size, stride) of each.
+    groups: of the normalisation.
+    name: the submodules are `{name}_conv{i}` and `{name}_norm{i}`; None leaves
+      their names to Flax.
+
+  Returns:
+    The last feature map.
+
+  Raises:
+    ValueError: if the channels do not divide into the groups.
+  """
+  x = inputs
+  for i, (channels, kernel, stride) in enumerate(layers):
+    if channels % groups:
+      raise ValueError(
+        f"layers has {channels} channels; they should be a multiple of "
+        f"groups, {groups}"
+      )
+    x = nn.Conv(
+      channels,
+      (kernel, kernel),
+      (stride, stride),
+      use_bias=False,
+      kernel_init=nn.initializers.he_normal(),
+      name=name and f"{name}_conv{i}",
+    )(x)
+    norm = nn.GroupNorm(num_groups=groups, name=name and f"{name}_norm{i}")
+    x = nn.relu(norm(x))
+  return x
+
+
 class CNN(nn.Module):
   """Convolutions with group normalisation and ReLU, and a linear read-out.
 
@@ -40,20 +81,6 @@ class CNN(nn.Module):
         f"inputs has shape {inputs.shape}; it should be "
         "[batch, height, width, channels]"
       )
-    x = inputs
-    for channels, kernel, stride in self.layers:
-      if channels % self.groups:
-        raise ValueError(
-          f"layers has {channels} channels; they should be a multiple of "
-          f"groups, {self.groups}"
-        )
-      x = nn.Conv(
-        channels,
-        (kernel, kernel),
-        (stride, stride),
-        use_bias=False,
-        kernel_init=nn.initializers.he_normal(),
-      )(x)
-      x = nn.relu(nn.GroupNorm(num_groups=self.groups)(x))
+    x = convolutions(inputs, self.layers, self.groups)
     x = x.mean((1, 2)) if self.pool else x.reshape(x.shape[0], -1)
     return Outputs(logits=nn.Dense(self.num_classes)(x))

@@ -9,6 +9,7 @@ import flax.linen as nn
 from kd_jax.models import bit_npz
 from kd_jax.models.base import Model, from_linen
 from kd_jax.models.bit_resnet import BiTResNet
+from kd_jax.models.branched import Branched, MultiExit
 from kd_jax.models.cnn import CNN
 from kd_jax.models.densenet import DenseNet
 from kd_jax.models.lstm import LSTMLanguageModel
@@ -20,6 +21,8 @@ from kd_jax.models.wide_resnet import WideResNet
 MODULES: dict[str, type[nn.Module]] = {
   "mlp": MLP,
   "cnn": CNN,
+  "branched": Branched,
+  "multi_exit": MultiExit,
   "bit_resnet": BiTResNet,
   "mobilenet_v3": MobileNetV3,
   "vit": ViT,

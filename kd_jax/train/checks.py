@@ -21,6 +21,8 @@ _RANGES: dict[str, dict[str, float]] = {
   "temperature": {"above": 0},
   "soft_weight": {"least": 0},
   "hard_weight": {"least": 0},
+  "hint_weight": {"least": 0},
+  "ramp": {"least": 0},
   "mixup": {"above": 0},
   "bank": {"least": 0},
   "dropout": {"least": 0, "most": 0.99},
