@@ -78,19 +78,11 @@ def load(config):
     row, where = config.students[name], f"students.{name}"
     check_choice(f"{where}.network", row.network, tuple(config.networks))
     check_choice(f"{where}.target", row.target, TARGETS)
-    if row.teacher and row.teacher not in config.rows[:number]:
-      raise ValueError(
-        f"{where}.teacher is {row.teacher!r}; it should be one of rows before "
-        f"{name}, or '' for labels alone"
-      )
-    weights = row.soft_weight if row.teacher else 0.0
     if (row.by_confidence or row.soft_weight) and not row.teacher:
       raise ValueError(f"{where}.teacher is ''; its loss needs a teacher")
-    if not row.hard_weight and not weights:
-      raise ValueError(
-        f"{where}.hard_weight is {row.hard_weight}; it should be above 0, as "
-        "the student would learn nothing"
-      )
+    train.check_student(
+      where, row, taught=bool(row.teacher), before=config.rows[:number]
+    )
     train.check_network(
       config,
       f"networks.{row.network}",

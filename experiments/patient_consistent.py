@@ -111,11 +111,7 @@ def load(config):
     check_choice("rows", name, tuple(config.students))
     row, where = config.students[name], f"students.{name}"
     check_choice(f"{where}.mode", row.mode, MODES)
-    if not row.hard_weight and (row.mode == "labels" or not row.soft_weight):
-      raise ValueError(
-        f"{where}.hard_weight is {row.hard_weight}; it should be above 0, as "
-        "the student would learn nothing"
-      )
+    train.check_student(where, row, taught=row.mode != "labels")
     check_choice(f"{where}.network", row.network, tuple(config.networks))
     train.check_network(
       config,

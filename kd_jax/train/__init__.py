@@ -10,6 +10,7 @@ from kd_jax.train.checks import (
   check_comparison as check_comparison,
   check_periods as check_periods,
   check_settings as check_settings,
+  check_student as check_student,
 )
 from kd_jax.train.classifier import (
   Classifier as Classifier,

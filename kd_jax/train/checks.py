@@ -72,6 +72,32 @@ def check_comparison(
     )
 
 
+def check_student(
+  where: str, row: Any, *, taught: bool, before: Sequence[str] | None = None
+) -> None:
+  """Refuses a student that would learn nothing, or from nobody.
+
+  Args:
+    where: the name of its group, for the message.
+    row: has `hard_weight` and `soft_weight`, and with `before`, `teacher`.
+    taught: whether it has a teacher.
+    before: the rows that are trained before it, one of which its teacher is.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  if taught and before is not None and row.teacher not in before:
+    raise ValueError(
+      f"{where}.teacher is {row.teacher!r}; it should be one of the rows "
+      "before it, or '' for none"
+    )
+  if not row.hard_weight and not (taught and row.soft_weight):
+    raise ValueError(
+      f"{where}.hard_weight is {row.hard_weight}; it should be above 0, as the "
+      "student would learn nothing"
+    )
+
+
 def check_periods(config: Mapping[str, Any]) -> None:
   """Raises ValueError unless `eval_every`, ... of a config are periods."""
   for name in PERIODS:
