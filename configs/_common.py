@@ -48,7 +48,7 @@ def network(model, batch_size, learning_rate, *, fields=(), **more):
     {
       "model": model,
       "fields": dict(fields),
-      "size": 0,  # of its images, if not that of the views
+      "size": more.pop("size", 0),  # of its images, if not that of the views
       "batch_size": batch_size,
       "clip_norm": 1.0,  # 0 does not clip
       "optimizer": optimizer,

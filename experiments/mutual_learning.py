@@ -166,7 +166,7 @@ def load(config):
   derived = [
     f"{name}/{part}"
     for name in config.rows
-    for part in ("ensemble", *config.networks)
+    for part in ("ensemble", "average", *config.networks)
   ]
   train.check_comparison(
     config.rows, config.claims, config.seeds, derived=derived
@@ -219,7 +219,7 @@ def body(config, images, test, path):
       frozen, feed = part.feed(seed, s.batch_size, keys=[train.view_key(seed)])
       fields = ("temperature", "soft_weight", "burn_in")
       frozen["hparams"] = {k: row[k] for k in fields}
-      _, (mean, heads) = study.train(
+      variables, (mean, heads) = study.train(
         nets[name],
         frozen,
         name=name,
@@ -230,6 +230,11 @@ def body(config, images, test, path):
         **feed,
       )
       report(study.board, name, row, seed, mean, heads)
+      if row["targets"] == "ema":  # the teachers, which are often better
+        own = {k: v["model"] for k, v in variables["extra"].items()}
+        _, heads = nets[name].predict_heads(own, test["image"])
+        title = f"{row['label']}: mean of its weights"
+        study.board.add(f"{name}/average", heads, seed=seed, title=title)
   result = study.result(
     config.claims,
     experiment="mutual_learning",

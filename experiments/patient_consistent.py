@@ -210,7 +210,7 @@ def body(config, images, test, checkpoints, path):
   for name in config.rows:
     row = config.students[name].to_dict()
     way = row["label"]
-    row["label"] += f", {row['epochs']:,g} epochs"
+    row["label"] += f", {row['epochs']:,g} epoch{'s'[: row['epochs'] != 1]}"
     s, kind = config.networks[row["network"]], row["network"]
     teacher = models.ensemble(members, temperature=row["temperature"])
     steps = train.steps_of(row["epochs"], s.batch_size, part.n)

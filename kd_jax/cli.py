@@ -86,7 +86,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
     TypeError,
     ValueError,
   ) as error:
-    raise BadInput(_explain(error)) from error
+    raise BadInput(_explain(error, argv)) from error
   finally:
     sys.argv = typed
   if len(rest) > 1:
@@ -127,15 +127,26 @@ def _expand(argv: list[str]) -> list[str]:
       if not equals:
         raise BadInput(f"--config: {part!r} in {arg!r} should be key=value")
       config.append(f"--config.{key}={value}")
+  fields = [
+    arg.partition("=")[0]
+    for arg in (*config, *out)
+    if arg.startswith("--config.")
+  ]
+  twice = [field for field in fields if fields.count(field) > 1]
+  if twice:  # tuples would be joined, of all else the last would win
+    raise BadInput(f"{twice[0]} is given twice; once is enough")
   return [argv[0], *config, *out]
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, argv: list[str]) -> str:
   """One line for what absl and ml_collections raise on a bad command line."""
   text = str(error).strip()
   if isinstance(error, KeyError | AttributeError):
     key = text.strip("\"'")
     if key.isidentifier():  # ml_collections said nothing but the key
+      for arg in argv:  # with the groups in which it was looked for
+        path = re.match(rf"--config\.([\w.]*\b{key})\b", arg)
+        key = path.group(1) if path else key
       return f"the config has no field {key!r}"
   hint = re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text)
   if hint:

@@ -31,6 +31,12 @@ def call(capsys, monkeypatch, *args, run=hinton.run):
   [
     ([SMOKE + ",teacher.stepz=3"], "no field 'stepz'; did you mean 'steps'?"),
     ([SMOKE, "--config.zzz=3"], "no field 'zzz'"),
+    ([SMOKE, "--config.teacher.zzz=3"], "no field 'teacher.zzz'"),
+    (
+      [SMOKE, "--config.seeds=(1,)", "--config.seeds=(2,)"],
+      "--config.seeds is given twice",
+    ),
+    ([SMOKE + ",devices=1", "--config.devices=1"], "config.devices is given"),
     ([SMOKE, "--config.teacher.steps=abc"], "config.teacher.steps=abc"),
     ([SMOKE, "--config.teacher.steps=4.5"], "config.teacher.steps=4.5"),
     ([SMOKE + ",nonsense"], "should be key=value"),

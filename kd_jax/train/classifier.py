@@ -170,7 +170,7 @@ class Classifier:
       **loop: further arguments of `train.fit`.
 
     Returns:
-      {"params", "state"} after the last step.
+      {"params", "state"} after the last step, and `extra` if there is one.
     """
     key = jax.random.key(seed)
     start = self.model.init(key, self.preprocess(test["image"][:1]))
@@ -222,4 +222,5 @@ class Classifier:
       evaluate=scores,
       **loop,
     )
-    return variables(state)
+    found = variables(state)
+    return {**found, "extra": state.extra} if self.extra else found

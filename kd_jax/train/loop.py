@@ -232,6 +232,9 @@ class _Progress:
       disable=not self._terminal,
     )
     self._scores = ""
+    if not self._terminal:
+      begin = f"going on from step {step}" if step else "compiling"
+      self.say(f"{title}: {num_steps} steps, {begin}")
 
   def __enter__(self) -> "_Progress":
     return self

@@ -169,7 +169,8 @@ def test_where_there_is_no_terminal_the_time_left_is_said(
   problem.fit(
     progress=True, eval_every=5, evaluate=lambda state: {"errors": 3.0}
   )
-  said = capsys.readouterr().err.splitlines()
+  first, *said = capsys.readouterr().err.splitlines()
+  assert first == "training: 12 steps, compiling"
   assert len(said) == 3
   assert "step 5/12, errors 3, " in said[0] and said[0].endswith(" s left")
   assert said[2].endswith("step 12/12, errors 3")
