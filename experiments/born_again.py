@@ -63,7 +63,9 @@ def network(config, row, steps, models):
   axis_name = train.AXIS if config.parallel == "pmap" else None
   loss_fn = make_loss(model, config.view, row, teacher, axis_name)
   settings = config.networks[row["network"]]
-  return train.image_classifier(config, settings, model, loss_fn, steps)
+  return train.image_classifier(
+    config, settings, model, loss_fn, steps, teacher=teacher
+  )
 
 
 def load(config):

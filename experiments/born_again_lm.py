@@ -180,6 +180,8 @@ def body(config, model, data, test, classes, path):
       frozen = {"data": data, "hparams": {k: row[k] for k in weights}}
       if row["teacher"]:
         frozen["teacher"] = trained[row["teacher"]]
+        few = test["tokens"][:4]
+        teachers.check(model, frozen["teacher"], few, classes=classes)
       stage, title = stages.enter(f"seed{seed}/{name}", row["label"])
       title = f"{title}, seed {seed}"
       variables = train_one(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from kd_jax import cli, data, losses, models, report, train
+from kd_jax import cli, data, losses, models, report, teachers, train
 from kd_jax.data import views
 from kd_jax.errors import check_number, checking
 from kd_jax.reduce import Term
@@ -120,11 +120,11 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
   teacher_seeds = config.teacher.seeds or config.seeds
   total = len(teacher_seeds) + len(config.seeds) * len(config.rows)
   study = train.Study(path, test, total, config)
-  nets, teachers, examples = {}, {}, []
+  nets, known, examples = {}, {}, []
 
   for number, seed in enumerate(config.seeds):
     source = teacher_seeds[number % len(teacher_seeds)]
-    if source not in teachers:
+    if source not in known:
       frozen = {"data": pool, "hparams": {"hard_weight": 1.0}}
       label, paper = f"teacher {layers(config.teacher)}", config.teacher.paper
       found = study.train(
@@ -139,9 +139,11 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
       study.board.add(
         "teacher", found[1], seed=source, title=label, paper=paper
       )
+      few = views.to_float(test["image"][:4])
+      teachers.check(teacher_net.model, found[0], few, classes=num_classes)
       column = teacher_net.predict(found[0], pool["image"])
-      teachers[source] = (*found, column)
-    teacher, taught, column = teachers[source]
+      known[source] = (*found, column)
+    teacher, taught, column = known[source]
     for name in config.rows:
       s = config.students[name]
       settings = config.student.copy_and_resolve_references()

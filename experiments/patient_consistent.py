@@ -88,7 +88,9 @@ def network(config, settings, row, steps, num_classes, teacher=None):
   """A network with its training step, in one of the modes."""
   model = train.image_model(config, settings, num_classes)
   loss_fn = make_loss(model, config.view, row, teacher)
-  return train.image_classifier(config, settings, model, loss_fn, steps)
+  return train.image_classifier(
+    config, settings, model, loss_fn, steps, teacher=teacher
+  )
 
 
 def load(config):
@@ -131,12 +133,16 @@ def load(config):
 def knowledge(config, row, images, seed, name, teacher, variables, path):
   """What the student gets of the teacher: (columns of the data, `frozen`)."""
   if row["mode"] == "fixed":
-    logits = ask(teacher, variables, images.evaluated()["image"])
+    shown = images.evaluated()["image"]
+    teachers.check(teacher, variables, augment.whole(shown[:4]))
+    logits = ask(teacher, variables, shown)
     return {"teacher_logits": logits[:, None]}, {}
   if not row["bank"]:
     live = row["mode"] != "labels"
     return {}, {"teacher": variables} if live else {}
   key = train.view_key(seed)
+  few = images.evaluated()["image"][:4]
+  teachers.check(teacher, variables, augment.whole(few))
 
   def answer(variables, rows):
     view = student_view(key, rows, config.view, row)

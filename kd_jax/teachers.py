@@ -14,6 +14,7 @@ import numpy as np
 from kd_jax import files
 from kd_jax.data import order
 from kd_jax.errors import BadInput
+from kd_jax.models.base import Model
 
 FORMAT = 1
 
@@ -40,6 +41,82 @@ def digest(tree: Any) -> str:
     found.update(head.encode())
     found.update(array.tobytes())
   return found.hexdigest()
+
+
+def check(
+  model: Model,
+  variables: Any,
+  inputs: Any,
+  *,
+  classes: int | None = None,
+  name: str = "the teacher",
+) -> None:
+  """Finds a teacher that cannot be trusted, before the first step.
+
+  A network that was left in training mode draws numbers, moves its statistics,
+  or says something else of an example when others are beside it.
+
+  Args:
+    model: the teacher.
+    variables: its variables.
+    inputs: array or pytree of arrays [batch, ...], at least two examples, as it
+      will be asked.
+    classes: how many logits it should have; None does not ask.
+    name: what to call it in the message.
+
+  Raises:
+    BadInput: if its logits are NaN or infinite (-inf, an absent class, is
+      fine), differ between two calls, change its state, depend on the other
+      examples of the batch by more than 1% of the largest logit, or are of
+      other classes.
+    ValueError: if there are fewer than two examples.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from kd_jax import models, teachers
+    >>> net = models.create("mlp", 3, hidden=(4,))
+    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 2)))
+    >>> teachers.check(net, variables, jnp.ones((2, 2)), classes=3)
+  """
+  if len(jax.tree.leaves(inputs)[0]) < 2:
+    raise ValueError("inputs holds one example; two are needed to compare")
+  ask = jax.jit(lambda v, x: _answer(model.apply(v, x)))
+  (said, state), (again, _) = ask(variables, inputs), ask(variables, inputs)
+  first = jax.tree.map(lambda x: x[:1], inputs)
+  alone = np.asarray(ask(variables, first)[0])
+  said, again = np.asarray(said), np.asarray(again)
+  if classes is not None and said.shape[-1] != classes:
+    raise BadInput(
+      f"{name} has {said.shape[-1]} classes; it should have {classes}"
+    )
+  if np.isnan(said).any() or np.isposinf(said).any():
+    raise BadInput(
+      f"{name} is not finite: its logits hold "
+      f"{'NaN' if np.isnan(said).any() else 'inf'}"
+    )
+  if not np.array_equal(said, again):
+    raise BadInput(
+      f"{name} says something else in a second call: is it in training mode "
+      "(dropout)?"
+    )
+  old = jax.device_get(variables.get("state", {}))
+  if digest(old) != digest(jax.device_get(state)):
+    raise BadInput(
+      f"{name} changes its state when it is asked: is it in training mode "
+      "(batch statistics)?"
+    )
+  shown = np.where(np.isneginf(said[:1]), 0.0, said[:1])
+  gap = np.abs(np.where(np.isneginf(alone), 0.0, alone) - shown).max()
+  if not gap <= 0.01 * max(1.0, np.abs(shown).max()):
+    raise BadInput(
+      f"{name} says something else of an example alone than among others (the "
+      f"logits differ by {gap:.3g}): is it in training mode (batch statistics)?"
+    )
+
+
+def _answer(found: Any) -> tuple[jax.Array, Any]:
+  outputs, state = found
+  return outputs.logits.astype(np.float32), state
 
 
 def cached(

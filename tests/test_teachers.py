@@ -1,12 +1,14 @@
 """Teacher outputs on disk: what pins them, what damages them."""
 
+import itertools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import teachers
+from kd_jax import models, teachers
 from kd_jax.errors import BadInput
 
 SHAPE = (6, 3)
@@ -116,3 +118,75 @@ def test_what_is_computed_must_fit(tmp_path):
     bank(tmp_path / "a", lambda view: np.zeros((2, 3), np.float32))
   with pytest.raises(ValueError, match="float64"):
     bank(tmp_path / "b", lambda view: np.zeros(SHAPE))
+
+
+class TestCheck:
+  """What a teacher must not do, each in a network that does it."""
+
+  X = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+  def careless(self, name, **fields):
+    """A reference model that is asked in training mode, as a bug would."""
+    net = models.create(name, 5, **fields)
+
+    def apply(variables, inputs, *, train=False, key=None):
+      count = jax.pure_callback(
+        lambda: np.uint32(next(self.calls)), jax.ShapeDtypeStruct((), "uint32")
+      )
+      return net.apply(variables, inputs, train=True, key=jax.random.key(count))
+
+    self.calls = itertools.count()
+    return models.Model(net.init, apply), net.init(jax.random.key(1), self.X)
+
+  def test_all_reference_models_pass(self):
+    batch_norm = {"depth": 10, "width": 1, "dropout": 0.5}
+    for name, fields in (
+      ("mlp", {"hidden": (6,), "dropout": 0.5}),
+      ("cnn", {"layers": ((8, 3, 2),)}),
+      ("wide_resnet", batch_norm),
+      ("branched", {"combine": "gate"}),
+    ):
+      net = models.create(name, 5, **fields)
+      start = net.init(jax.random.key(1), self.X)
+      teachers.check(net, start, self.X, classes=5)
+
+  def test_dropout_is_found(self):
+    net, variables = self.careless("mlp", hidden=(32,), dropout=0.5)
+    with pytest.raises(BadInput, match="something else in a second call"):
+      teachers.check(net, variables, self.X)
+
+  def test_moving_statistics_are_found(self):
+    net, variables = self.careless("wide_resnet", depth=10, width=1)
+    with pytest.raises(BadInput, match="changes its state"):
+      teachers.check(net, variables, self.X)
+
+  def test_statistics_of_the_batch_are_found(self):
+    net, variables = self.careless("wide_resnet", depth=10, width=1)
+
+    def still(variables, inputs, *, train=False, key=None):
+      out, _ = net.apply(variables, inputs)
+      return out, variables["state"]
+
+    with pytest.raises(BadInput, match="of an example alone than among others"):
+      teachers.check(models.Model(net.init, still), variables, self.X)
+
+  @pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "inf")])
+  def test_bad_weights_are_found(self, bad, word):
+    net = models.create("mlp", 5, hidden=())
+    variables = net.init(jax.random.key(1), self.X)
+    bias = variables["params"]["Dense_0"]["bias"]
+    variables["params"]["Dense_0"]["bias"] = bias.at[2].set(bad)
+    with pytest.raises(BadInput, match=f"not finite: its logits hold {word}"):
+      teachers.check(net, variables, self.X)
+    variables["params"]["Dense_0"]["bias"] = bias.at[2].set(-np.inf)
+    teachers.check(net, variables, self.X)  # an absent class
+
+  def test_other_classes_and_too_few_examples_are_named(self):
+    net = models.create("mlp", 5, hidden=())
+    variables = net.init(jax.random.key(1), self.X)
+    with pytest.raises(
+      BadInput, match="my net has 5 classes; it should have 4"
+    ):
+      teachers.check(net, variables, self.X, classes=4, name="my net")
+    with pytest.raises(ValueError, match="two are needed"):
+      teachers.check(net, variables, self.X[:1])

@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 import numpy as np
 import optax
 
-from kd_jax import evaluate, fidelity
+from kd_jax import evaluate, fidelity, teachers
 from kd_jax.models import Model
 from kd_jax.train.extras import Extra
 from kd_jax.train.loop import fit
@@ -59,6 +59,7 @@ class Classifier:
     heads: int = 0,
     extra: Extra | None = None,
     peers: int = 1,
+    teacher: Model | None = None,
   ):
     """Makes the step.
 
@@ -78,11 +79,14 @@ class Classifier:
         `Outputs.logits`.
       extra: what the state carries beside, see `train.extras`.
       peers: see `compile`.
+      teacher: what `loss_fn` asks with `frozen["teacher"]`; it is looked at
+        before the first step, see `teachers.check`.
     """
     self.model = model
     self.preprocess = preprocess
     self.heads = heads
     self.extra = extra
+    self.teacher = teacher
     losses = loss_fn if isinstance(loss_fn, list) else [loss_fn]
     moved = optimizer if isinstance(optimizer, list) else [optimizer]
     self.optimizer = moved[0]
@@ -171,7 +175,14 @@ class Classifier:
 
     Returns:
       {"params", "state"} after the last step, and `extra` if there is one.
+
+    Raises:
+      BadInput: if the teacher cannot be trusted.
     """
+    if self.teacher is not None and "teacher" in frozen:
+      teachers.check(
+        self.teacher, frozen["teacher"], self.preprocess(test["image"][:4])
+      )
     key = jax.random.key(seed)
     start = self.model.init(key, self.preprocess(test["image"][:1]))
     state = init_state(
