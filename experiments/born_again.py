@@ -5,8 +5,9 @@ labels; one of the same architecture learns from it alone (BAN) or with the
 labels as well (BAN+L); the next learns from that one. The ensemble is the mean
 prediction of the born-again generations. Two ablations say what the teacher
 gives: weights by its confidence (CWTM), and its confidence without its
-knowledge of the other classes (DKPP). The control of a generation is the first
-one, trained for as long; that of an ensemble is as many twins of the first.
+knowledge of the other classes (DKPP). The control of a generation is its twin:
+the same initial weights and batches, but labels alone; that of an ensemble, an
+ensemble of twins.
 
   python -m experiments.born_again --config=configs/born_again/cifar10.py \
     --workdir=runs/born_again
@@ -82,6 +83,13 @@ def load(config):
     check_choice(f"{where}.target", row.target, TARGETS)
     if (row.by_confidence or row.soft_weight) and not row.teacher:
       raise ValueError(f"{where}.teacher is ''; its loss needs a teacher")
+    if row.teacher in config.rows[:number]:
+      parent = config.students[row.teacher]
+      if (row.network, row.offset) == (parent.network, parent.offset):
+        raise ValueError(
+          f"{where}.offset is {row.offset}; it should not be that of its "
+          f"teacher {row.teacher}, from whose initial weights it would begin"
+        )
     train.check_student(
       where, row, taught=bool(row.teacher), before=config.rows[:number]
     )

@@ -19,7 +19,7 @@ def student(label, epochs, *, network="student", teacher="", **more):
     "hard_weight": 0.0 if teacher else 1.0,  # of the cross-entropy
     "by_confidence": False,  # labels weighted by the teacher's confidence
     "target": "teacher",  # "permuted": its other classes in random order
-    "offset": 0,  # added to the seed: a twin
+    "offset": 0,  # added to the seed: other initial weights, other batches
     "paper": 0.0,  # the paper's number of errors
   }
   return _common.fill(fields, more)
@@ -39,65 +39,64 @@ def base(dataset, train_split="train", test_split="test"):
   return c
 
 
-def generations(c, epochs, network="student", twins=GENERATIONS - 1):
-  """Generations with and without labels, the ablations, the ensembles."""
-  like = {"epochs": epochs, "network": network}
+def generations(c, epochs, network="student", twins=True):
+  """Generations with and without labels, the ablations, the ensembles.
+
+  The twin of generation k begins with its weights and sees its batches, but is
+  told the labels alone.
+  """
   rows, first = {}, "generation_0"
-  rows[first] = student("labels alone", **like)
+
+  def add(name, label, k, **more):
+    rows[name] = student(
+      label, epochs, network=network, offset=1000 * k, **more
+    )
+
+  add(first, "labels alone", 0)
   teacher = {"": first, "_labels": first}
   for k in range(1, GENERATIONS + 1):
     for suffix, title, hard in (("", "", 0.0), ("_labels", " + labels", 1.0)):
-      name = f"generation_{k}{suffix}"
-      rows[name] = student(
-        f"generation {k}{title}",
-        teacher=teacher[suffix],
-        hard_weight=hard,
-        **like,
-      )
+      name, label = f"generation_{k}{suffix}", f"generation {k}{title}"
+      add(name, label, k, teacher=teacher[suffix], hard_weight=hard)
       teacher[suffix] = name
-  rows["cwtm"] = student(
-    "labels, weighted by confidence (CWTM)",
-    teacher=first,
-    soft_weight=0.0,
-    hard_weight=1.0,
-    by_confidence=True,
-    **like,
-  )
-  rows["dkpp"] = student(
-    "permuted predictions (DKPP)", teacher=first, target="permuted", **like
-  )
-  for k in range(1, twins + 1):
-    label = f"labels alone, twin {k}"
-    rows[f"twin_{k}"] = student(label, offset=1000 * k, **like)
+    if twins:
+      add(f"twin_{k}", f"labels alone, twin of generation {k}", k)
+  label = "labels, weighted by confidence (CWTM)"
+  how = {"soft_weight": 0.0, "hard_weight": 1.0, "by_confidence": True}
+  add("cwtm", label, 1, teacher=first, **how)
+  label = "permuted predictions (DKPP)"
+  add("dkpp", label, 1, teacher=first, target="permuted")
   c.students.update(ConfigDict(rows))
   c.rows += tuple(rows)
+
+  numbers = range(1, GENERATIONS + 1)
+  control = {k: f"twin_{k}" if twins else first for k in numbers}
+  together = f"ensemble of generations 1-{GENERATIONS}"
   for suffix, title in (("", ""), ("_labels", " + labels")):
-    members = [f"generation_{k}{suffix}" for k in range(1, GENERATIONS + 1)]
-    c.ensembles[f"ensemble of generations 1-{GENERATIONS}{title}"] = tuple(
-      members
-    )
-  both = f"ensemble of generations 1-{GENERATIONS}"
+    members = tuple(f"generation_{k}{suffix}" for k in numbers)
+    c.ensembles[together + title] = members
+  than = "its twin" if twins else "labels alone"
   claims = [
-    (f"generation {k} makes fewer errors than labels alone", name, first)
-    for k in range(1, GENERATIONS + 1)
-    for name in (f"generation_{k}",)
+    (f"generation {k}{title} makes fewer errors than {than}", name, control[k])
+    for k in numbers
+    for name, title in (
+      (f"generation_{k}", ""),
+      (f"generation_{k}_labels", " + labels"),
+    )
   ]
+  last = f"generation_{GENERATIONS}"
   claims += [
-    ("with labels, too, generation 1 does", "generation_1_labels", first),
-    ("weights by confidence do", "cwtm", first),
-    ("permuted predictions do", "dkpp", first),
-    (
-      "the ensemble beats its last generation",
-      both,
-      f"generation_{GENERATIONS}",
-    ),
+    (f"CWTM makes fewer errors than {than}", "cwtm", control[1]),
+    (f"DKPP makes fewer errors than {than}", "dkpp", control[1]),
+    ("the ensemble beats its last generation", together, last),
   ]
   if twins:
-    alike = f"ensemble of {twins + 1} twins"
-    c.ensembles[alike] = (first, *(f"twin_{k + 1}" for k in range(twins)))
-    claims.append(
-      ("the ensemble of generations beats that of twins", both, alike)
-    )
+    alike = f"ensemble of {GENERATIONS} twins"
+    c.ensembles[alike] = tuple(control.values())
+    claims += [
+      ("the ensemble of generations beats that of twins", together, alike),
+      ("so does that with labels", f"{together} + labels", alike),
+    ]
   c.claims += tuple((*claim, "lower") for claim in claims)
 
 
@@ -106,20 +105,23 @@ def unlike(c, epochs):
   rows = {}
   for name, title in (("residual", "WRN"), ("dense", "DenseNet")):
     rows[name] = student(f"{title}, labels alone", epochs, network=name)
+    rows[f"{name}_twin"] = student(
+      f"{title}, labels alone, twin", epochs, network=name, offset=1000
+    )
   for name, title, teacher, by in (
     ("residual", "WRN", "dense", "DenseNet"),
     ("dense", "DenseNet", "residual", "WRN"),
   ):
     rows[f"{name}_of_{teacher}"] = student(
-      f"{title} of {by}", epochs, network=name, teacher=teacher
+      f"{title} of {by}", epochs, network=name, teacher=teacher, offset=1000
     )
   c.students.update(ConfigDict(rows))
   c.rows += tuple(rows)
   c.claims += tuple(
     (
-      f"{title} of another architecture makes fewer errors than on labels",
+      f"{title} of another architecture makes fewer errors than its twin",
       f"{name}_of_{teacher}",
-      name,
+      f"{name}_twin",
       "lower",
     )
     for name, title, teacher in (

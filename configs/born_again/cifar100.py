@@ -3,7 +3,7 @@
 Arguments, as `--config=configs/born_again/cifar100.py:ARG`, joined by "+":
   wrn28-1, wrn28-2, wrn28-5, wrn28-10  wide residual networks (default: 28-10)
   densenet112-33                       DenseNet-BC
-  twins     two more networks on labels, for the ensemble's control
+  twins     beside each generation one like it on labels alone, the control
   smoke     two steps of tiny networks on digits that need no download
 Training is that of wide residual networks (arXiv:1605.07146), which the paper
 took over: SGD, 200 epochs, batches of 128. The paper's numbers are those of its
@@ -51,8 +51,7 @@ def get_config(arg=""):
     clip_norm=0.0,
     fields={"depth": depth, "width" if size else "growth": width},
   )
-  twins = 2 if "twins" in words else 0
-  common.generations(c, epochs=200.0, twins=twins)
+  common.generations(c, epochs=200.0, twins="twins" in words)
   for name, errors in PAPER[names[0]].items():
     c.students[name].paper = float(errors)
   c.sharpness.images = 5000

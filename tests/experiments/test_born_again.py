@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.born_again import _common as common, cifar10
+from configs.born_again import _common as common, cifar10, cifar100
 from experiments import born_again
-from kd_jax import models
+from kd_jax import models, train
 from kd_jax.errors import BadInput
 
 CLASSES, SIDE, BATCH = 4, 4, 8
@@ -132,7 +132,7 @@ def test_no_gradient_reaches_the_teacher(changes):
 
 def tiny(**changes):
   config = cifar10.get_config("generations+smoke")
-  config.devices = 1
+  config.devices, config.log_every = 1, "1 steps"
   for row in config.students.values():
     row.epochs = 2.0
   config.update_from_flattened_dict(changes)
@@ -171,6 +171,32 @@ def test_every_generation_is_in_the_table(first):
     assert {"Hessian trace", "train NLL"} <= r["details"].keys()
   assert "agreement" in rows[1]["details"]
   assert "agreement" not in rows[0]["details"]
+
+
+def test_a_generation_begins_anew_and_its_twin_with_it():
+  """Every config of generations: other weights than the teacher's."""
+  for config in (
+    cifar10.get_config("generations+unlike"),
+    cifar100.get_config("wrn28-10+twins"),
+  ):
+    for name, row in config.students.items():
+      if row.teacher:
+        parent = config.students[row.teacher]
+        assert (row.network, row.offset) != (parent.network, parent.offset)
+      if name.startswith("twin_"):
+        twin = config.students[name.replace("twin", "generation")]
+        assert row.offset == twin.offset and row.network == twin.network
+        assert not row.teacher
+
+
+def test_the_first_loss_is_that_of_other_weights(first):
+  """On the same batch of labels, generations 0 and 1 begin differently."""
+  path = first[0] / "seed0"
+  losses = {}
+  for name in ("generation_0", "cwtm"):
+    lines = train.workdir.read_metrics(path / name / "metrics.jsonl")
+    losses[name] = lines[0]["hard"]
+  assert losses["generation_0"] != losses["cwtm"]
 
 
 def test_a_run_goes_on_in_its_generation(first, tmp_path, monkeypatch):
@@ -234,6 +260,7 @@ def test_weights_by_confidence_are_those_of_the_whole_batch(tmp_path):
     ({"students.generation_0.hard_weight": 0.0}, "would learn nothing"),
     ({"students.cwtm.teacher": ""}, r"cwtm\.teacher is ''; its loss needs"),
     ({"students.cwtm.network": "big"}, r"cwtm\.network is 'big'"),
+    ({"students.dkpp.offset": 0}, r"dkpp\.offset is 0; it should not be"),
     ({"ensembles.both": ("generation_9",)}, r"ensembles\.both is"),
     ({"branch.rows": ("generation_0",)}, r"branch\.run: .*no checkpoints"),
     ({"sharpness.images": -1}, r"sharpness\.images is -1"),
