@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import hashlib
 import os
 import pathlib
+import re
+import sys
 from typing import Any
 import warnings
 
@@ -88,6 +90,17 @@ class Checkpoints:
         f"checkpoint {step} in {self.directory} was not written: a checkpoint "
         "of this or a later step is there already"
       )
+
+  def wait(self) -> None:
+    """Returns when the last save is on the disk.
+
+    Raises:
+      CheckpointError: if it failed.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._cannot_write(error) from error
 
   def restore(self, template: Any) -> tuple[Any, int] | None:
     """The newest good checkpoint.
@@ -191,35 +204,24 @@ def load_trained(
       f"{directory} holds no checkpoints; it should be the directory of a "
       "training, as RUN/seed0/teacher"
     )
-  step = max(steps)
-  path = folder / str(step)
-  parts = {"params": "params", "state": "model_state"}
-  try:
-    with ocp.CheckpointManager(folder) as manager:
-      stored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore()
-        ),
-      )
-    # Orbax leaves out what is empty.
-    found = {k: stored["state"].get(v) or {} for k, v in parts.items()}
-  except Exception as error:  # orbax raises anything on damaged files
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise BadInput(f"{path} cannot be read: {line}") from error
-  if role not in found["params"]:
-    roles = ", ".join(found["params"])
-    raise BadInput(f"{path} has no {role}; it should be one of {roles}")
-  variables = {
-    k: jax.tree.map(np.asarray, v.get(role) or {}) for k, v in found.items()
-  }
-  for name, attribute in parts.items():
-    prefix = f".{attribute}[{role!r}]"
-    digests = {f"{prefix}{k}": v for k, v in _digests(variables[name]).items()}
-    kept = {k: v for k, v in stored["digests"].items() if k.startswith(prefix)}
-    for key in {**digests, **kept}:
-      if digests.get(key) != kept.get(key):
-        raise BadInput(f"{path} is damaged: digest mismatch at {key}")
+  path = folder / str(max(steps))
+  stored = _read_plain(path)
+  if isinstance(stored, str):
+    raise BadInput(f"{path} is damaged: {stored}")
+  roles = {key[1]: None for key in stored if key[0] == "params"}
+  if role not in roles:
+    raise BadInput(
+      f"{path} has no {role}; it should be one of {', '.join(roles)}"
+    )
+  variables: dict[str, Any] = {"params": {}, "state": {}}
+  for key, leaf in stored.items():
+    part = {"params": "params", "model_state": "state"}.get(key[0])
+    if part is None or key[1] != role:
+      continue
+    group = variables[part]
+    for name in key[2:-1]:
+      group = group.setdefault(name, {})
+    group[key[-1]] = leaf
   _check_fits(path, variables, template)
   return variables
 
@@ -254,6 +256,67 @@ def load_teacher(
   inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
   template = jax.eval_shape(model.init, jax.random.key(0), inputs)
   return load_trained(path, template)
+
+
+def verify(directory: str | os.PathLike[str]) -> dict[str, str | None]:
+  """Reads every checkpoint below a directory and compares its digests.
+
+  Args:
+    directory: of a run, a stage or its checkpoints. Nothing is changed.
+
+  Returns:
+    {path of a checkpoint: None, or what is wrong with it}, in order.
+
+  Raises:
+    BadInput: if there is no checkpoint.
+  """
+  root = pathlib.Path(directory).absolute()
+  folders = [root] if root.name == "checkpoints" else []
+  folders += sorted(root.rglob("checkpoints"))
+  steps = [
+    path
+    for folder in folders
+    for path in sorted(
+      (p for p in folder.iterdir() if p.name.isdecimal()),
+      key=lambda p: int(p.name),
+    )
+  ]
+  if not steps:
+    raise BadInput(f"{directory} holds no checkpoints")
+  found = {}
+  for path in steps:
+    stored = _read_plain(path)
+    found[str(path)] = stored if isinstance(stored, str) else None
+  return found
+
+
+def _read_plain(path: pathlib.Path) -> dict[tuple[str, ...], np.ndarray] | str:
+  """The leaves of a checkpoint by their paths, or why it cannot be trusted."""
+  try:
+    with ocp.CheckpointManager(path.parent) as manager:
+      stored = manager.restore(
+        int(path.name),
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore()
+        ),
+      )
+    leaves = jax.tree_util.tree_leaves_with_path(stored["state"])
+    named = {
+      _parts(jax.tree_util.keystr(key)): np.asarray(x) for key, x in leaves
+    }
+    digests = {_parts(key): value for key, value in stored["digests"].items()}
+  except Exception as error:  # orbax raises anything on damaged files
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+  for key in sorted({**named, **digests}):
+    same = key in named and _digest(named[key]) == digests.get(key)
+    if not same:
+      return f"digest mismatch at {'/'.join(key)}"
+  return named
+
+
+def _parts(key: str) -> tuple[str, ...]:
+  """The names in a path, however its containers write them."""
+  return tuple(re.findall(r"[\w-]+", key))
 
 
 def _check_fits(path: pathlib.Path, found: Any, wanted: Any) -> None:
@@ -310,11 +373,34 @@ def _from_plain(plain: Any, template: Any) -> Any:
 
 def _digests(plain: Any) -> dict[str, str]:
   """SHA-256 of dtype, shape and bytes of each leaf, by its path."""
-  digests = {}
-  for path, x in jax.tree_util.tree_leaves_with_path(plain):
-    head = f"{x.dtype.str}{x.shape}".encode()
-    body = np.ascontiguousarray(x).view(np.uint8).reshape(-1)
-    digest = hashlib.sha256(head)
-    digest.update(body.data)
-    digests[jax.tree_util.keystr(path)] = digest.hexdigest()
-  return digests
+  return {
+    jax.tree_util.keystr(path): _digest(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(plain)
+  }
+
+
+def _digest(x: np.ndarray) -> str:
+  digest = hashlib.sha256(f"{x.dtype.str}{x.shape}".encode())
+  digest.update(np.ascontiguousarray(x).view(np.uint8).reshape(-1).data)
+  return digest.hexdigest()
+
+
+def main(argv: list[str]) -> int:
+  """`verify DIR`: a line for each checkpoint; 1 if one is damaged."""
+  if len(argv) != 3 or argv[1] != "verify":
+    print(
+      "usage: python -m kd_jax.train.checkpoint verify DIR", file=sys.stderr
+    )
+    return 2
+  try:
+    found = verify(argv[2])
+  except BadInput as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  for path, wrong in found.items():
+    print(f"{path}: {wrong or 'good'}")
+  return int(any(found.values()))
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

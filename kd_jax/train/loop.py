@@ -1,10 +1,9 @@
 """The training loop: progress, logs, evaluation, checkpoints, stopping."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import os
 import pathlib
-import signal
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from kd_jax.results import duration
 from kd_jax.train.checkpoint import Checkpoints
 from kd_jax.train.parallel import Runner
 from kd_jax.train.period import Period
+from kd_jax.train.signals import EXIT_CODE, Sigterm
 from kd_jax.train.state import TrainState
 from kd_jax.train.workdir import MetricWriter, hash_ids
 
@@ -95,11 +95,12 @@ def fit(
     if workdir is not None:
       writer = MetricWriter(directory, step)
       stack.callback(writer.close)
-    stopped = stack.enter_context(_sigterm())
     bar = stack.enter_context(_Progress(title, step, num_steps, progress))
 
     state, frozen = runner.replicate(state), runner.replicate(frozen)
     saved = step if first else -1
+
+    saving = threading.Lock()
 
     def save(at: int, good: TrainState) -> None:
       nonlocal saved
@@ -107,6 +108,24 @@ def fit(
         checkpoints.save(at, good)
         saved = at
 
+    def rescue() -> None:
+      """What a thread does if the signal comes in a long compilation."""
+      if checkpoints is None or jax.process_count() > 1:
+        return  # a checkpoint of many processes needs them all
+      for left in reversed(range(50)):
+        try:
+          with saving:
+            good = runner.unreplicate(state)
+            save(int(good.step), good)
+          break
+        except RuntimeError:  # the step that runs has taken this state
+          if not left:
+            raise
+          time.sleep(0.1)
+      checkpoints.wait()
+      bar.say(f"{title}: stopped by SIGTERM, saved step {max(saved, 0)}")
+
+    stop = stack.enter_context(Sigterm(rescue))
     pending: tuple[int, list[Any], Any] | None = None
 
     def settle() -> None:
@@ -152,18 +171,19 @@ def fit(
         due_eval, due_save = _agreed(due_eval, due_save)
       due_eval = evaluate is not None and (due_eval or step == num_steps)
       due_save = due_save or step == num_steps
-      if due_eval or due_save or stopped:
+      if due_eval or due_save or stop.received:
         settle()
       if due_eval:
         scalars = dict(evaluate(runner.unreplicate(state)))  # type: ignore[misc]
         if writer is not None:
           writer.write(step, scalars)
         bar.note(step, scalars)
-      if due_save or stopped:
-        save(step, runner.unreplicate(state))
-      if stopped:  # also at the end: what comes next must not start
+      if due_save or stop.received:
+        with saving:
+          save(step, runner.unreplicate(state))
+      if stop.received:  # also at the end: what comes next must not start
         bar.say(f"{title}: stopped by SIGTERM, saved step {step}")
-        raise SystemExit(143)
+        raise SystemExit(EXIT_CODE)
     return runner.unreplicate(state)
 
 
@@ -199,20 +219,6 @@ def _diagnose(
     f"examples {shown}. The update was not made; the state of step {step} "
     "is saved"
   )
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[list[bool]]:
-  """Yields a list that is empty until SIGTERM arrives."""
-  received: list[bool] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield received
-    return
-  old = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-  try:
-    yield received
-  finally:
-    signal.signal(signal.SIGTERM, old)
 
 
 class _Progress:

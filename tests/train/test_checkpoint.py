@@ -12,7 +12,7 @@ import pytest
 
 from kd_jax import models, train
 from kd_jax.errors import BadInput
-from kd_jax.train import CheckpointError, Checkpoints
+from kd_jax.train import CheckpointError, Checkpoints, checkpoint
 
 
 def tree(value):
@@ -202,3 +202,41 @@ class TestLoadTrained:
   def test_names_the_roles_there_are(self, stage):
     with pytest.raises(BadInput, match="no peer_0; it should be one of model"):
       train.load_trained(stage[0], stage[1], role="peer_0")
+
+
+class TestVerify:
+  """The command that looks through a directory."""
+
+  def command(self, capsys, *args):
+    code = checkpoint.main(["checkpoint", *map(str, args)])
+    return code, *capsys.readouterr()
+
+  def test_it_reads_every_stage_and_names_what_is_damaged(
+    self, problem, tmp_path, capsys
+  ):
+    for stage in ("a", "b"):
+      problem.fit(num_steps=4, save_every=2, workdir=tmp_path / stage)
+    code, out, _ = self.command(capsys, "verify", tmp_path)
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 4 and all(line.endswith(": good") for line in lines)
+    damage_flip(tmp_path / "b/checkpoints/4")
+    code, out, _ = self.command(capsys, "verify", tmp_path)
+    assert code == 1
+    bad = [line for line in out.splitlines() if not line.endswith(": good")]
+    assert len(bad) == 1 and "b/checkpoints/4: " in bad[0]
+    assert (tmp_path / "b/checkpoints/4").exists()  # it only looks
+
+  def test_one_stage_or_its_checkpoints_will_do(
+    self, problem, tmp_path, capsys
+  ):
+    problem.fit(num_steps=4, save_every=2, workdir=tmp_path)
+    for path in (tmp_path, tmp_path / "checkpoints"):
+      code, out, _ = self.command(capsys, "verify", path)
+      assert code == 0 and len(out.splitlines()) == 2
+
+  def test_wrong_use_is_exit_code_2(self, tmp_path, capsys):
+    code, _, err = self.command(capsys, "verify", tmp_path)
+    assert code == 2 and "holds no checkpoints" in err
+    code, _, err = self.command(capsys, "check", tmp_path)
+    assert code == 2 and err.startswith("usage: ")

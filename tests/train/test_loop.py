@@ -2,7 +2,11 @@
 
 import json
 import os
+import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -174,3 +178,43 @@ def test_where_there_is_no_terminal_the_time_left_is_said(
   assert len(said) == 3
   assert "step 5/12, errors 3, " in said[0] and said[0].endswith(" s left")
   assert said[2].endswith("step 12/12, errors 3")
+
+
+STUCK = """
+import sys, threading, time
+import jax, jax.numpy as jnp
+sys.path.insert(0, "tests/train")
+from conftest import Problem
+from kd_jax.train import signals
+signals.GRACE = 1.0
+
+@jax.jit
+def busy(x):  # for minutes, in XLA: no Python instruction in between
+  return jax.lax.fori_loop(0, 10**9, lambda i, x: jnp.sin(x @ x), x)
+
+def evaluate(state):
+  print("evaluating", flush=True)
+  return {"x": float(busy(jnp.eye(200)).sum())}
+
+Problem().fit(num_steps=12, eval_every=5, evaluate=evaluate,
+              workdir=sys.argv[1])
+"""
+
+
+def test_sigterm_in_the_middle_of_a_long_computation(problem, same, tmp_path):
+  """Nothing that was finished is lost, and it does not take for ever."""
+  command = [sys.executable, "-c", STUCK, str(tmp_path / "run")]
+  root = pathlib.Path(__file__).parents[2]
+  with subprocess.Popen(
+    command, cwd=root, stdout=subprocess.PIPE, text=True
+  ) as run:
+    assert run.stdout.readline() == "evaluating\n"
+    time.sleep(0.5)
+    begin = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 143
+  assert time.monotonic() - begin < 25
+  assert (tmp_path / "run/checkpoints/5").is_dir()
+  resumed = problem.fit(workdir=tmp_path / "run")
+  same(resumed.params, problem.fit().params, exact=True)
