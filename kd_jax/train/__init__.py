@@ -1,6 +1,6 @@
 """Training: state, step, many devices, loop, checkpoints."""
 
-from kd_jax.train.checkpoint import (
+from kd_jax.train.checkpoints import (
   CheckpointError as CheckpointError,
   Checkpoints as Checkpoints,
   load_teacher as load_teacher,

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kd_jax.results import duration
-from kd_jax.train.checkpoint import Checkpoints
+from kd_jax.train.checkpoints import Checkpoints
 from kd_jax.train.parallel import Runner
 from kd_jax.train.period import Period
 from kd_jax.train.signals import EXIT_CODE, Sigterm
@@ -171,17 +171,19 @@ def fit(
         due_eval, due_save = _agreed(due_eval, due_save)
       due_eval = evaluate is not None and (due_eval or step == num_steps)
       due_save = due_save or step == num_steps
-      if due_eval or due_save or stop.received:
+      stopped = stop.stops(step)
+      if due_eval or due_save or stopped:
         settle()
       if due_eval:
         scalars = dict(evaluate(runner.unreplicate(state)))  # type: ignore[misc]
         if writer is not None:
           writer.write(step, scalars)
         bar.note(step, scalars)
-      if due_save or stop.received:
+      stopped = stopped or stop.received  # while it was evaluated
+      if due_save or stopped:
         with saving:
           save(step, runner.unreplicate(state))
-      if stop.received:  # also at the end: what comes next must not start
+      if stopped:  # also at the end: what comes next must not start
         bar.say(f"{title}: stopped by SIGTERM, saved step {step}")
         raise SystemExit(EXIT_CODE)
     return runner.unreplicate(state)

@@ -16,6 +16,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 EXIT_CODE = 143  # 128 + SIGTERM, as shells say it
 # Seconds that the loop has to come to the end of its step.
 GRACE = 10.0
@@ -25,11 +28,11 @@ class Sigterm:
   """While it is open, SIGTERM asks the loop to stop instead of killing it.
 
   A second signal changes nothing. Outside of the main thread it does nothing,
-  since signals are not delivered there.
+  since signals are not delivered there. Of several processes one gets the
+  signal and all stop at the same step: JAX's own service hears it there.
 
   Attributes:
-    received: whether SIGTERM has come. A loop looks at it after each step,
-      saves, and leaves with `SystemExit(EXIT_CODE)`.
+    received: whether SIGTERM has come to this process.
   """
 
   def __init__(self, rescue: Callable[[], None]):
@@ -41,8 +44,19 @@ class Sigterm:
     """
     self.received = False
     self._rescue = rescue
-    self._on = threading.current_thread() is threading.main_thread()
+    main = threading.current_thread() is threading.main_thread()
+    self._on = main and jax.process_count() == 1
     self._left = threading.Event()
+
+  def stops(self, step: int) -> bool:
+    """Whether the loop should save and leave after this step.
+
+    It then leaves with `SystemExit(EXIT_CODE)`. Every process asks after the
+    same steps, and gets the same answer.
+    """
+    if jax.process_count() == 1:
+      return self.received
+    return multihost_utils.reached_preemption_sync_point(step)
 
   def __enter__(self) -> "Sigterm":
     if not self._on:

@@ -15,8 +15,8 @@ from kd_jax.train.workdir import read_metrics
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("how", ["jit", "pmap"])
-def test_two_processes(problem, how, tmp_path):
+def start(how, path, *more):
+  """(exit code, output) of each of two processes."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -30,7 +30,7 @@ def test_two_processes(problem, how, tmp_path):
     subprocess.Popen(
       [
         *(sys.executable, script, coordinator, "2", str(index), how),
-        tmp_path,
+        *(path, *more),
       ],
       env=environment,
       stdout=subprocess.PIPE,
@@ -45,8 +45,28 @@ def test_two_processes(problem, how, tmp_path):
     for process in processes:
       process.kill()
   codes = [process.returncode for process in processes]
-  assert codes == [0, 0], "\n".join(outputs)
+  return list(zip(codes, outputs, strict=True))
 
+
+def test_sigterm_to_one_stops_both_at_one_step(problem, tmp_path):
+  found = start("jit", tmp_path, "yes")
+  assert [code for code, _ in found] == [143, 143], found
+  saved = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir()}
+  assert max(saved) >= 3 and max(saved) < 12
+  found = start("jit", tmp_path)
+  assert [code for code, _ in found] == [0, 0], found
+  check(problem, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["jit", "pmap"])
+def test_two_processes(problem, how, tmp_path):
+  found = start(how, tmp_path)
+  assert [code for code, _ in found] == [0, 0], found
+  check(problem, tmp_path)
+
+
+def check(problem, tmp_path):
+  """Both ended with the numbers of one, and only one has written."""
   want = jax.tree.leaves(problem.fit().params)
   both = [np.load(tmp_path / f"params{index}.npz") for index in range(2)]
   for found in both:

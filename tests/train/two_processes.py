@@ -1,13 +1,16 @@
 """One of several processes that train together; run by test_distributed."""
 
+import os
 import pathlib
+import signal
 import sys
+import time
 
 import jax
 import numpy as np
 
 
-def main(coordinator, count, index, how, path):
+def main(coordinator, count, index, how, path, signalled="no"):
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(coordinator, int(count), int(index))
   from tests.train.conftest import Problem
@@ -21,10 +24,32 @@ def main(coordinator, count, index, how, path):
     "eval_every": 4,
     "evaluate": lambda state: {"at": float(state.step)},
   }
+  if signalled == "yes":
+    stop_at(problem, options, index)
   problem.fit(**options | {"num_steps": 7})  # and resumes from there
   state = problem.fit(**options)
   leaves = [np.asarray(x) for x in jax.tree.leaves(state.params)]
   np.savez(pathlib.Path(path) / f"params{index}.npz", *leaves)
+
+
+def stop_at(problem, options, index):
+  """The second process gets SIGTERM in step 3; all leave after one step."""
+
+  def batches(step):
+    if step == 3 and index == "1":
+      os.kill(os.getpid(), signal.SIGTERM)
+    if step >= 3:  # the others hear of it over the network
+      time.sleep(0.3)
+    return problem.batches()(step)
+
+  try:
+    problem.fit(**options, batches=batches)
+  except SystemExit as error:
+    assert error.code == 143, error.code
+    print("stopped", flush=True)
+    sys.stdout.flush()
+    os._exit(143)
+  raise AssertionError("nobody stopped")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ import pytest
 
 from kd_jax import models, train
 from kd_jax.errors import BadInput
-from kd_jax.train import CheckpointError, Checkpoints, checkpoint
+from kd_jax.train import (
+  CheckpointError,
+  Checkpoints,
+  checkpoint as command_module,
+)
 
 
 def tree(value):
@@ -208,7 +212,7 @@ class TestVerify:
   """The command that looks through a directory."""
 
   def command(self, capsys, *args):
-    code = checkpoint.main(["checkpoint", *map(str, args)])
+    code = command_module.main(["checkpoint", *map(str, args)])
     return code, *capsys.readouterr()
 
   def test_it_reads_every_stage_and_names_what_is_damaged(
