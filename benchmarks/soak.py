@@ -121,6 +121,13 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   return found
 
 
+def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
+  """The names under which two outcomes are not the same."""
+  return [
+    name for name in {**wanted, **found} if wanted.get(name) != found.get(name)
+  ]
+
+
 def soak(
   kills: int, seed: int = 0, say: Any = lambda line: None
 ) -> tuple[collections.Counter[str], list[str]]:
@@ -172,11 +179,9 @@ def soak(
           counts["damage"] += damage(workdir, draw)
       if code == 0:
         counts["runs"] += 1
-        found = outcome(workdir)
         faults += [
           f"run {counts['runs']}: {name} differs"
-          for name in {**wanted, **found}
-          if wanted.get(name) != found.get(name)
+          for name in differences(wanted, outcome(workdir))
         ]
       shutil.rmtree(workdir)
       say(f"{dict(counts)}, {len(faults)} faults")

@@ -69,11 +69,15 @@ def network(config, row, steps, models):
   )
 
 
+def whole(config, ensemble):
+  """Whether all of its members are trained; others are left out."""
+  return set(config.ensembles[ensemble]) <= set(config.rows)
+
+
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
-  train.check_comparison(
-    config.rows, config.claims, config.seeds, derived=tuple(config.ensembles)
-  )
+  kept = [name for name in config.ensembles if whole(config, name)]
+  train.check_comparison(config.rows, config.claims, config.seeds, derived=kept)
   images = train.load_images(config)
   check_number("sharpness.images", config.sharpness.images, least=0)
   for number, name in enumerate(config.rows):
@@ -102,23 +106,43 @@ def load(config):
     )
   for name, members in config.ensembles.items():
     for member in members:
-      check_choice(f"ensembles.{name}", member, tuple(config.rows))
-  branched = {}
-  for name in config.branch.rows:
+      check_choice(f"ensembles.{name}", member, tuple(config.students))
+  return images, images.test.evaluated(), branches(config, images)
+
+
+def branches(config, images):
+  """The rows that are taken from another run, {(row, seed): variables}."""
+  run, rows = config.branch.run, config.branch.rows
+  if bool(run) != bool(rows):
+    raise ValueError(
+      f"branch.run is {run!r} and branch.rows is {rows}; give both or none"
+    )
+  branched, same = {}, ["dataset", "train_split", "transfer", "view"]
+  for name in rows:
     check_choice("branch.rows", name, tuple(config.rows))
+    row = config.students[name]
+    if row.teacher and row.teacher not in rows:
+      raise ValueError(
+        f"branch.rows leaves out {row.teacher}, the teacher of {name}"
+      )
+    same += [f"students.{name}", f"networks.{row.network}"]
+  if rows:
+    with naming("branch.run"):
+      train.check_branch(run, config.to_dict(), same)
+  for name in rows:
     row = config.students[name]
     s = config.networks[row.network]
     side = s.size or config.view.size
     for seed in config.seeds:
       with naming("branch.run"):
         branched[name, seed] = train.load_teacher(
-          os.path.join(config.branch.run, f"seed{seed}", name),
+          os.path.join(run, f"seed{seed}", name),
           s.model,
           images.num_classes,
           (side, side, images.channels),
           **s.fields,
         )
-  return images, images.test.evaluated(), branched
+  return branched
 
 
 def example_losses(model, state, params, batch):
@@ -212,6 +236,8 @@ def body(config, images, test, branched, path):
         ),
       )
     for name, members in config.ensembles.items():
+      if not whole(config, name):
+        continue
       mean = targets.ensemble(np.stack([said[member] for member in members]))
       study.board.add(name, np.asarray(mean), seed=seed)
     for name, before in digests.items():

@@ -48,9 +48,14 @@ def make_loss(model, row):
   return loss_fn
 
 
+def whole(config, ensemble):
+  """Whether all of its members are trained; others are left out."""
+  return set(config.ensembles[ensemble]) <= set(config.rows)
+
+
 def load(config):
   """Reads the text and checks everything before anything is written."""
-  derived = tuple(config.ensembles)
+  derived = [name for name in config.ensembles if whole(config, name)]
   train.check_comparison(
     config.rows, config.claims, config.seeds, derived=derived
   )
@@ -83,7 +88,7 @@ def load(config):
     )
   for name, members in config.ensembles.items():
     for member in members:
-      check_choice(f"ensembles.{name}", member, tuple(config.rows))
+      check_choice(f"ensembles.{name}", member, tuple(config.students))
   return model, data, test, len(known)
 
 
@@ -190,8 +195,10 @@ def body(config, model, data, test, classes, path):
       trained[name], digests[name] = variables, teachers.digest(variables)
       found.setdefault(name, []).append(nll(variables))
     for name, members in config.ensembles.items():
-      whole = models.ensemble(dict.fromkeys(members, model))
-      score = scorer(whole, test)
+      if not whole(config, name):
+        continue
+      together = models.ensemble(dict.fromkeys(members, model))
+      score = scorer(together, test)
       mean = score({member: trained[member] for member in members})
       found.setdefault(name, []).append(mean)
     if not costs:

@@ -126,9 +126,13 @@ def check_row(config, where, row):
     raise ValueError(f"{where}.peers is (); it should name a network each")
   for name in row.peers:
     check_choice(f"{where}.peers", name, tuple(config.networks))
-  matrix = who_teaches(row)
-  fine = matrix.shape == (count, count) and np.all(matrix >= 0)
-  if not fine or np.any(np.diag(matrix)):
+  try:
+    matrix = who_teaches(row)
+    fine = matrix.shape == (count, count) and np.all(matrix >= 0)
+    fine = fine and not np.any(np.diag(matrix))
+  except ValueError:  # no rectangle, or no numbers
+    fine = False
+  if not fine:
     raise ValueError(
       f"{where}.teach is {row.teach}; it should be {count} rows of {count} "
       "weights, not negative, with 0 on the diagonal"
@@ -140,16 +144,16 @@ def check_row(config, where, row):
       f"{where}.stacked is True; it should be False, unless all peers are "
       "alike and move together"
     )
-  devices = len(train.use_devices(config.devices))
-  if row.groups < 1 or count % row.groups or devices % row.groups:
-    raise ValueError(
-      f"{where}.groups is {row.groups}; it should divide the {count} peers and "
-      f"the {devices} devices"
-    )
   if row.groups > 1 and not (row.stacked and config.parallel == "jit"):
     raise ValueError(
       f"{where}.groups is {row.groups}; it should be 1, unless peers are "
       "stacked and parallel is 'jit'"
+    )
+  devices = len(train.use_devices(config.devices))
+  if row.groups < 1 or count % row.groups or devices % row.groups:
+    raise ValueError(
+      f"{where}.groups is {row.groups}; it should divide both the number of "
+      f"peers, {count}, and of devices, {devices}"
     )
   first = config.networks[row.peers[0]]
   for name in row.peers:

@@ -136,17 +136,18 @@ def load(config):
     wanted = METHODS[row.method]
     if wanted and s.fields.get("combine", "mean") != wanted:
       raise ValueError(
-        f"{where}.network is {row.network!r}; {row.method} needs one whose "
-        f"fields.combine is {wanted!r}"
+        f"{where}.network is {row.network!r}; the method {row.method!r} needs "
+        f"a network whose fields.combine is {wanted!r}"
       )
     if row.method == "own_teacher" and s.model != "multi_exit":
       raise ValueError(
-        f"{where}.network is {row.network!r}; own_teacher needs a multi_exit"
+        f"{where}.network is {row.network!r}; the method 'own_teacher' needs a "
+        "network of model 'multi_exit'"
       )
     if row.method == "rocket" and heads_of(s) != 2:
       raise ValueError(
-        f"{where}.network is {row.network!r}; rocket needs two branches, the "
-        "light one first"
+        f"{where}.network is {row.network!r}; the method 'rocket' needs a "
+        "network of two branches, the light one first"
       )
   return images, images.test.evaluated()
 
@@ -212,7 +213,9 @@ def body(config, images, test, path):
     data={"name": config.dataset, "train": part.n, "test": len(test["label"])},
   )
   first = f"seed{config.seeds[0]}/"
-  return result, {"curves": study.stages.curves("test errors", prefix=first)}
+  return result, {
+    "curves": study.stages.curves("mean test errors", prefix=first)
+  }
 
 
 def run(config, workdir):

@@ -9,6 +9,7 @@ touched), 143 stopped by SIGTERM with its state saved.
 
 from collections.abc import Callable, Mapping
 import difflib
+import os
 import pathlib
 import re
 import sys
@@ -55,7 +56,7 @@ def main(
     config, workdir = _parse(argv, values)
   except BadInput as error:
     _leave(error)
-  logging.set_verbosity(logging.WARNING)  # orbax and tfds tell a lot
+  logging.set_verbosity(logging.ERROR)  # orbax and tfds tell a lot
   if values["distributed"].value:
     jax.distributed.initialize()
   try:
@@ -64,6 +65,8 @@ def main(
     _leave(error)
   except FloatingPointError as error:
     _leave(error, code=1)
+  except BrokenPipeError:  # the reader of the table has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:
     print("interrupted; the same command goes on", file=sys.stderr)
     sys.exit(130)
@@ -71,7 +74,8 @@ def main(
 
 def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
   if any(a in ("--help", "-help", "-h") for a in argv[1:]):
-    print(f"{__doc__}\n{values.main_module_help() or values}")
+    about = sys.modules["__main__"].__doc__ or ""
+    print(f"{about}\n{__doc__}\n{values.main_module_help() or values}")
     sys.exit(0)
   argv = _expand(argv)
   typed, sys.argv = sys.argv, argv  # config_flags looks for overrides there
@@ -107,7 +111,7 @@ def _expand(argv: list[str]) -> list[str]:
   """
   config, out = [], []
   for arg in argv[1:]:
-    match = re.fullmatch(r"--?config=([^:]*)(?::(.*))?", arg)
+    match = re.fullmatch(r"--?config=([^:,]*)(?:[:,](.*))?", arg)
     if not match:
       if arg in ("--config", "-config"):
         raise BadInput("write --config=FILE, with an equals sign")

@@ -100,7 +100,7 @@ def test_overrides_reach_the_run_in_every_form(capsys, monkeypatch, tmp_path):
     capsys,
     monkeypatch,
     "--config.student.steps=7",
-    f"--config={CONFIG}:demo,teacher.steps=9,seeds=(4,)",
+    f"--config={CONFIG},teacher.steps=9,seeds=(4,)",
     "--workdir",
     tmp_path,
     run=run,
@@ -143,6 +143,29 @@ def test_the_command_itself(tmp_path):
 
   shown = run("--help")
   assert shown.returncode == 0 and "--workdir" in shown.stdout
+  assert "Hinton, Vinyals & Dean 2015" in shown.stdout
   wrong = run(SMOKE + ",seedz=1", f"--workdir={tmp_path / 'x'}")
   assert wrong.returncode == 2
   assert wrong.stderr.endswith("did you mean 'seeds'?\n")
+
+
+def test_a_reader_of_the_table_may_leave(tmp_path):
+  """As in `... | head -1`: no traceback."""
+  root = pathlib.Path(__file__).parents[1]
+  program = (
+    "from kd_jax import cli\n"
+    "def run(config, workdir):\n"
+    "  for _ in range(9999): print('a line of a table')\n"
+    "cli.main(run)\n"
+  )
+  done = subprocess.run(
+    f'{sys.executable} -c "{program}" {SMOKE} --workdir={tmp_path} | head -1',
+    shell=True,
+    cwd=root,
+    env={**os.environ, "PYTHONPATH": str(root)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout == "a line of a table\n"
+  assert "BrokenPipe" not in done.stderr

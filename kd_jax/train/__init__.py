@@ -64,6 +64,7 @@ from kd_jax.train.study import (
   use_devices as use_devices,
 )
 from kd_jax.train.workdir import (
+  check_branch as check_branch,
   check_workdir as check_workdir,
   open_workdir as open_workdir,
 )

@@ -7,6 +7,7 @@ the newest step to the newest good one, saying what it skipped and why.
 
 from collections.abc import Mapping
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -193,16 +194,27 @@ def load_trained(
     {"params", "state"} of its newest checkpoint.
 
   Raises:
-    BadInput: if there is no checkpoint, or it is damaged or of another
-      architecture.
+    BadInput: if there is no checkpoint, the training was not finished, or the
+      newest one is damaged or of another architecture.
   """
-  folder = pathlib.Path(directory).absolute() / "checkpoints"
+  stage = pathlib.Path(directory).absolute()
+  if not stage.is_dir():
+    raise BadInput(f"{directory} does not exist")
+  folder = stage / "checkpoints"
   steps = [int(f.name) for f in folder.glob("*") if f.name.isdecimal()]
   if not steps:
     raise BadInput(
       f"{directory} holds no checkpoints; it should be the directory of a "
       "training, as RUN/seed0/teacher"
     )
+  note = stage / "stage.json"
+  if note.exists():
+    wanted = json.loads(note.read_text(encoding="utf-8"))["num_steps"]
+    if max(steps) < wanted:
+      raise BadInput(
+        f"{directory} is at step {max(steps)} of {wanted}; finish that run "
+        "first"
+      )
   path = folder / str(max(steps))
   stored = _read_plain(path)
   if isinstance(stored, str):

@@ -65,6 +65,8 @@ def check_comparison(
       f"claims speak of {sorted(missing)}, which rows leaves out; name other "
       'claims, or none with --config.claims="()"'
     )
+  if not all(isinstance(seed, int) for seed in seeds):
+    raise ValueError(f"seeds is {tuple(seeds)}; it should hold whole numbers")
   if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
     raise ValueError(
       f"seeds is {tuple(seeds)}; it should name at least one, distinct seeds "

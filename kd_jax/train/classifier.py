@@ -214,8 +214,9 @@ class Classifier:
       else:
         logits = self.predict(said, test["image"])
       found = evaluate.classification(logits, test["label"])
-      scores = {"test errors": found["errors"], "test NLL": found["nll"]}
-      return {**scores, **more}
+      whole = "ensemble " if self.heads > 1 else ""
+      errors, nll = f"{whole}test errors", f"{whole}test NLL"
+      return {**more, errors: found["errors"], nll: found["nll"]}
 
     if batches is None:
       n = len(frozen["data"]["id"])

@@ -58,6 +58,11 @@ class Images:
     self._source, self._crop = source, crop
     self._evaluation, self._readers = evaluation, readers
 
+  @property
+  def channels(self) -> int:
+    """Of an image."""
+    return self._source[0]["image"].shape[-1]
+
   def some(self, count: int, seed: int = 0) -> "Images":
     """A part of them, drawn at random."""
     drawn = order.batch_ids(seed, 0, count, self.n)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import contextlib
+import json
 import os
 import pathlib
 import sys
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from kd_jax.files import write_text
 from kd_jax.results import duration
 from kd_jax.train.checkpoints import Checkpoints
 from kd_jax.train.parallel import Runner
@@ -93,6 +95,9 @@ def fit(
     if step >= num_steps:
       return state
     if workdir is not None:
+      if jax.process_index() == 0:
+        note = {"num_steps": num_steps}
+        write_text(directory / "stage.json", json.dumps(note) + "\n")
       writer = MetricWriter(directory, step)
       stack.callback(writer.close)
     bar = stack.enter_context(_Progress(title, step, num_steps, progress))
@@ -239,7 +244,7 @@ class _Progress:
       dynamic_ncols=True,
       disable=not self._terminal,
     )
-    self._scores = ""
+    self._scores, self._compiled = "", False
     if not self._terminal:
       begin = f"going on from step {step}" if step else "compiling"
       self.say(f"{title}: {num_steps} steps, {begin}")
@@ -251,6 +256,9 @@ class _Progress:
     self._bar.close()
 
   def advance(self, step: int, loss: float) -> None:
+    if not self._compiled:  # which is not to count for the time left
+      self._compiled = True
+      self._first, self._began = step, time.monotonic()
     self._bar.update(step - self._bar.n)
     self._bar.set_postfix_str(f"loss {loss:.4g}{self._scores}", refresh=False)
 
@@ -259,7 +267,8 @@ class _Progress:
     self._scores = "".join(shown[:1])  # the bar needs the room
     if not self._terminal:
       to_go = (time.monotonic() - self._began) * (self._num_steps - step)
-      left = f", {duration(to_go / (step - self._first))} left" if to_go else ""
+      made = step - self._first
+      left = f", {duration(to_go / made)} left" if to_go and made else ""
       at = f"step {step}/{self._num_steps}"
       self.say(f"{self._title}: {at}{''.join(shown)}{left}")
 

@@ -7,6 +7,8 @@ each names.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from kd_jax import data, models
@@ -160,7 +162,13 @@ def check_network(
   with naming(where):
     check_divides(settings.batch_size, len(use_devices(config.devices)))
     index_batches(0, settings.batch_size, images.n)  # raises if too few
-    image_model(config, settings, num_classes)
+    model = image_model(config, settings, num_classes)
+    shape = (1, config.view.size, config.view.size, images.channels)
+    try:
+      jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
+    except (TypeError, ValueError) as error:
+      line = str(error).strip().splitlines()[0]
+      raise ValueError(f"fields make no {settings.model}: {line}") from None
     optimizer(1, **settings.optimizer)
 
 

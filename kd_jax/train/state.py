@@ -56,6 +56,17 @@ def init_state(
   Returns:
     A fresh `TrainState`. It holds copies of all it is given: the compiled step
     donates its input, and must not eat the caller's arrays.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from kd_jax import models, train
+    >>> net = models.create("mlp", 3, hidden=(4,))
+    >>> variables = net.init(jax.random.key(0), jnp.zeros((1, 2)))
+    >>> state = train.init_state(
+    ...     {"student": variables["params"]}, optax.adam(1e-3),
+    ...     jax.random.key(1), model_state={"student": variables["state"]})
+    >>> list(state.params), int(state.step)
+    (['student'], 0)
   """
   copy = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
   params = copy(dict(params))

@@ -1,6 +1,6 @@
 """A run's directory: whose it is, who writes to it, what is logged in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import fcntl
 import json
@@ -111,6 +111,43 @@ def check_workdir(
       "the change"
     )
   return path
+
+
+def check_branch(
+  run: str | os.PathLike[str], config: Mapping[str, Any], fields: Sequence[str]
+) -> None:
+  """Refuses to go on from another run whose settings were others.
+
+  Args:
+    run: the other run's directory.
+    config: plain nested mapping of this run's settings.
+    fields: those that must be equal, as "networks.student".
+
+  Raises:
+    BadInput: if it is no run, or naming the fields that differ.
+  """
+  stored = pathlib.Path(run).absolute() / "config.json"
+  if not stored.exists():
+    raise BadInput(
+      f"{run} is no run of kd_jax: it has no config.json. It should be the "
+      "--workdir of another run"
+    )
+  try:
+    there = json.loads(stored.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise BadInput(f"{stored} is damaged: {error}") from None
+  here = json.loads(_dump(config))
+  changes = []
+  for field in fields:
+    old, new = there, here
+    for part in field.split("."):
+      old = old.get(part, "(none)") if isinstance(old, dict) else "(none)"
+      new = new.get(part, "(none)") if isinstance(new, dict) else "(none)"
+    changes += _differences(old, new, field)
+  if changes:
+    raise BadInput(
+      f"{run} had other settings: {'; '.join(changes)} (there -> here)"
+    )
 
 
 class MetricWriter:

@@ -234,6 +234,49 @@ def test_a_branch_begins_with_generations_of_another_run(first, tmp_path):
   assert "generation_2" in trained
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"students.generation_0.epochs": 9.0}, "generation_0.epochs 2.0 -> 9.0"),
+    ({"transfer": 64}, "had other settings: transfer 32 -> 64"),
+    ({"students.generation_0.offset": 7}, "generation_0.offset 0 -> 7"),
+    ({"networks.student.batch_size": 8}, "student.batch_size 16 -> 8"),
+    ({"branch.rows": ("generation_1",)}, "leaves out generation_0"),
+    ({"seeds": (0, 1)}, "seed1/generation_0 does not exist"),
+  ],
+)
+def test_a_branch_of_other_settings_is_refused(
+  first, tmp_path, change, message
+):
+  config = tiny()
+  config.branch.run = str(first[0])
+  config.branch.rows = ("generation_0",)
+  config.update_from_flattened_dict(change)
+  with pytest.raises(BadInput, match=message):
+    born_again.run(config, tmp_path / "branch")
+  assert not (tmp_path / "branch").exists()
+
+
+def test_a_training_that_was_not_finished_is_no_teacher(first, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(first[0], copy)
+  note = copy / "seed0/generation_0/stage.json"
+  assert note.read_text() == '{"num_steps": 4}\n'
+  note.write_text('{"num_steps": 6000}\n')
+  config = tiny()
+  config.branch.run, config.branch.rows = str(copy), ("generation_0",)
+  with pytest.raises(BadInput, match="is at step 4 of 6000; finish that run"):
+    born_again.run(config, tmp_path / "branch")
+
+
+def test_ensembles_of_rows_that_are_left_out_are_left_out(tmp_path):
+  config = tiny()
+  config.rows = ("generation_0", "generation_1")
+  config.sharpness.images = 0
+  result = born_again.run(config, tmp_path / "run")
+  assert [r["name"] for r in result["rows"]] == ["labels alone", "generation 1"]
+
+
 def test_weights_by_confidence_are_those_of_the_whole_batch(tmp_path):
   """A batch over eight devices is the batch of one, under pmap as well."""
   found = []
@@ -262,7 +305,13 @@ def test_weights_by_confidence_are_those_of_the_whole_batch(tmp_path):
     ({"students.cwtm.network": "big"}, r"cwtm\.network is 'big'"),
     ({"students.dkpp.offset": 0}, r"dkpp\.offset is 0; it should not be"),
     ({"ensembles.both": ("generation_9",)}, r"ensembles\.both is"),
-    ({"branch.rows": ("generation_0",)}, r"branch\.run: .*no checkpoints"),
+    (
+      {"branch.rows": ("generation_0",)},
+      r"branch\.run: .* is no run of kd_jax",
+    ),
+    ({"branch.run": "x"}, r"branch\.run is 'x' and branch\.rows is \(\)"),
+    ({"networks.student.fields.hidden": ("a",)}, "fields make no mlp: "),
+    ({"seeds": ("a",)}, "seeds is .*; it should hold whole numbers"),
     ({"sharpness.images": -1}, r"sharpness\.images is -1"),
   ],
 )

@@ -407,7 +407,16 @@ def test_stale_copies_survive_an_interruption(tmp_path, monkeypatch):
     ({"cohorts.turns.peers": ("student",)}, "one has nobody to ask"),
     ({"cohorts.turns.peers": ("a", "b")}, r"cohorts\.turns\.peers is 'a'"),
     ({"cohorts.turns.stacked": True}, r"cohorts\.turns\.stacked is True"),
-    ({"cohorts.turns.groups": 3}, r"cohorts\.turns\.groups is 3"),
+    (
+      {
+        "cohorts.turns.groups": 3,
+        "cohorts.turns.stacked": True,
+        "cohorts.turns.updates": "together",
+      },
+      "both the number of peers, 2, and of devices, 1",
+    ),
+    ({"cohorts.turns.teach": ((0, 1), (1,))}, "should be 2 rows of 2"),
+    ({"cohorts.turns.teach": (("a", "b"), ("c", "d"))}, "2 rows of 2"),
     ({"cohorts.turns.groups": 2, "devices": 2}, "unless peers are stacked"),
     ({"cohorts.turns.burn_in": -1}, r"cohorts\.turns\.burn_in is -1"),
     (

@@ -204,11 +204,11 @@ def test_a_whole_run_with_its_rows(tmp_path):
     ({"students.one.network": "fused"}, "fields.combine is 'gate'"),
     (
       {"students.one.method": "own_teacher", "students.one.network": "gated"},
-      "own_teacher needs a multi_exit",
+      "needs a network of model 'multi_exit'",
     ),
     (
       {"students.one.method": "rocket", "students.one.network": "branches_3"},
-      "rocket needs two branches",
+      "network of two branches",
     ),
     ({"networks.gated.model": "cnn"}, r"networks\.gated\.model is 'cnn'"),
     ({"students.one.hint_weight": -1.0}, "hint_weight is -1"),
