@@ -133,7 +133,7 @@ def test_smoke(path, data_dir, photographs, tmp_path):
   config = load(path, "smoke")
   if "view" in config and config.view.on_host:
     config.data_dir = photographs
-  elif config.dataset != "mnist5k":
+  elif config.get("dataset", "mnist5k") != "mnist5k":
     config.dataset, config.data_dir = "digits", data_dir
   experiment = importlib.import_module(f"experiments.{path.parent.name}")
   result = experiment.run(config, tmp_path / "run")
