@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import sys
 import time
 from typing import Any
@@ -74,7 +75,7 @@ def command() -> str:
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   if spec is None:
     return "(called from Python)"
-  args = " ".join(sys.argv[1:])
+  args = shlex.join(sys.argv[1:])  # so that it can be pasted
   args = re.sub(r"--workdir[= ]\S+", "--workdir=WORKDIR", args)
   args = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", args)
   return f"python -m {spec.name} {args}"
