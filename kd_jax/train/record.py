@@ -75,10 +75,14 @@ def command() -> str:
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   if spec is None:
     return "(called from Python)"
-  args = shlex.join(sys.argv[1:])  # so that it can be pasted
-  args = re.sub(r"--workdir[= ]\S+", "--workdir=WORKDIR", args)
-  args = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", args)
-  return f"python -m {spec.name} {args}"
+  args = list(sys.argv[1:])
+  for i, arg in enumerate(args):
+    if i and args[i - 1] == "--workdir":
+      args[i] = "WORKDIR"
+    arg = re.sub(r"^--workdir=.*", "--workdir=WORKDIR", args[i])
+    args[i] = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", arg)
+  # Quoted, so that it can be pasted.
+  return f"python -m {spec.name} {shlex.join(args)}"
 
 
 def _add_time(path: pathlib.Path, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import sys
 import types
 
@@ -69,6 +70,10 @@ def test_the_command_is_portable(monkeypatch):
     "python -m experiments.x --config=c.py:all,data_dir=DATA_DIR,steps=3 "
     "--workdir=WORKDIR"
   )
+  args = ["--workdir", "/a b/run", "--config.rows=('a','b')"]
+  monkeypatch.setattr(sys, "argv", ["x", *args])
+  words = shlex.split(module.command())
+  assert words[2:] == ["experiments.x", "--workdir", "WORKDIR", args[2]]
   main.__spec__ = None
   assert module.command() == "(called from Python)"
 
