@@ -312,8 +312,11 @@ def _costs(result: Result) -> str:
       note = f'<br><span class="quiet">÷ {ratio:.3g}</span>' if ratio else ""
       row.append(_e(text) + note)
     cells.append(row)
-  caption = "Below each number: how many times less than the teacher's it is. "
-  caption += "FLOPs are the compiler's count for one call of the whole batch."
+  caption = "FLOPs are the compiler's count for one call of the whole batch."
+  if any(ratios.values()):
+    caption += (
+      " Below each number: how many times less than the teacher's it is."
+    )
   return _section("Sizes and latency", _html_table(head, cells, caption))
 
 
