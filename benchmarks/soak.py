@@ -103,16 +103,19 @@ def damage(workdir: pathlib.Path, draw: random.Random) -> bool:
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   """What must be the same in the end: weights, metrics, scores."""
-  from kd_jax.train.checkpoints import _digest, _read_plain
+  from kd_jax import teachers
+  from kd_jax.train.checkpoints import read_leaves
   from kd_jax.train.workdir import read_metrics
 
   found: dict[str, Any] = {}
   for folder in sorted(workdir.rglob("checkpoints")):
     name = str(folder.parent.relative_to(workdir))
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
-    stored = _read_plain(folder / str(max(steps)))
+    stored = read_leaves(folder / str(max(steps)))
     if isinstance(stored, dict):
-      stored = {"/".join(key): _digest(leaf) for key, leaf in stored.items()}
+      stored = {
+        "/".join(key): teachers.digest(leaf) for key, leaf in stored.items()
+      }
     found[name] = [max(steps), stored]
     found[f"{name} metrics"] = read_metrics(folder.parent / "metrics.jsonl")
   result = json.loads((workdir / "result.json").read_text())

@@ -22,7 +22,7 @@ import numpy as np
 
 from kd_jax import cli, losses, sharpness, targets, teachers, train
 from kd_jax.data import augment
-from kd_jax.errors import check_choice, check_number, checking, naming
+from kd_jax.errors import check_choice, check_number, naming
 from kd_jax.reduce import Term
 
 TARGETS = ("teacher", "permuted")
@@ -69,21 +69,21 @@ def network(config, row, steps, models):
   )
 
 
-def whole(config, ensemble):
-  """Whether all of its members are trained; others are left out."""
-  return set(config.ensembles[ensemble]) <= set(config.rows)
-
-
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
-  kept = [name for name in config.ensembles if whole(config, name)]
-  train.check_comparison(config.rows, config.claims, config.seeds, derived=kept)
+  kept = train.check_ensembles(
+    config.ensembles, config.rows, tuple(config.students)
+  )
+  train.check_comparison(
+    config.rows, config.claims, config.seeds, derived=tuple(kept)
+  )
   images = train.load_images(config)
   check_number("sharpness.images", config.sharpness.images, least=0)
+  used = {}
   for number, name in enumerate(config.rows):
     check_choice("rows", name, tuple(config.students))
     row, where = config.students[name], f"students.{name}"
-    check_choice(f"{where}.network", row.network, tuple(config.networks))
+    used[f"{where}.network"] = row.network
     check_choice(f"{where}.target", row.target, TARGETS)
     if (row.by_confidence or row.soft_weight) and not row.teacher:
       raise ValueError(f"{where}.teacher is ''; its loss needs a teacher")
@@ -97,17 +97,8 @@ def load(config):
     train.check_student(
       where, row, taught=bool(row.teacher), before=config.rows[:number]
     )
-    train.check_network(
-      config,
-      f"networks.{row.network}",
-      config.networks[row.network],
-      images.part,
-      images.num_classes,
-    )
-  for name, members in config.ensembles.items():
-    for member in members:
-      check_choice(f"ensembles.{name}", member, tuple(config.students))
-  return images, images.test.evaluated(), branches(config, images)
+  train.check_networks(config, used, images)
+  return images, images.test.evaluated(), kept, branches(config, images)
 
 
 def branches(config, images):
@@ -130,18 +121,12 @@ def branches(config, images):
     with naming("branch.run"):
       train.check_branch(run, config.to_dict(), same)
   for name in rows:
-    row = config.students[name]
-    s = config.networks[row.network]
-    side = s.size or config.view.size
+    settings = config.networks[config.students[name].network]
     for seed in config.seeds:
+      stage = os.path.join(run, f"seed{seed}", name)
       with naming("branch.run"):
-        branched[name, seed] = train.load_teacher(
-          os.path.join(run, f"seed{seed}", name),
-          s.model,
-          images.num_classes,
-          (side, side, images.channels),
-          **s.fields,
-        )
+        found = train.image_teacher(config, settings, images, stage)
+      branched[name, seed] = found
   return branched
 
 
@@ -174,7 +159,7 @@ def flatness(config, loss_fn, variables, arrays):
   }
 
 
-def body(config, images, test, branched, path):
+def body(config, images, test, ensembles, branched, path):
   """Each generation is a stage of its own; a teacher is a row before."""
   num_classes, part = images.num_classes, images.part
   total = len(config.seeds) * len(config.rows) - len(branched)
@@ -235,9 +220,7 @@ def body(config, images, test, branched, path):
           ),
         ),
       )
-    for name, members in config.ensembles.items():
-      if not whole(config, name):
-        continue
+    for name, members in ensembles.items():
       mean = targets.ensemble(np.stack([said[member] for member in members]))
       study.board.add(name, np.asarray(mean), seed=seed)
     for name, before in digests.items():
@@ -258,13 +241,9 @@ def body(config, images, test, branched, path):
   return result, {"curves": curves}
 
 
-def run(config, workdir):
+def run(config, workdir, **how):
   """Trains every generation for every seed; returns the result."""
-  with checking():
-    inputs = load(config)
-  return train.record(
-    lambda path: body(config, *inputs, path), config.to_dict(), workdir
-  )
+  return train.execute(load, body, config, workdir, **how)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Born-again language models: an LSTM, taught by one like it.
 
-Furlanello et al. 2018, arXiv:1805.04770, Sec. 4.3: on the Penn Treebank an LSTM
+Furlanello et al. 2018, arXiv:1805.04770, Table 6: on the Penn Treebank an LSTM
 that learns from the words and from an equal trained before it has a lower
 perplexity; from the teacher alone, the paper says, language models gained
 nothing. The control is the first one, trained for as long.
@@ -23,7 +23,7 @@ from kd_jax import (
   train,
 )
 from kd_jax.data import text
-from kd_jax.errors import check_choice, checking, naming
+from kd_jax.errors import check_choice, naming
 from kd_jax.reduce import Term
 
 
@@ -48,16 +48,13 @@ def make_loss(model, row):
   return loss_fn
 
 
-def whole(config, ensemble):
-  """Whether all of its members are trained; others are left out."""
-  return set(config.ensembles[ensemble]) <= set(config.rows)
-
-
 def load(config):
   """Reads the text and checks everything before anything is written."""
-  derived = [name for name in config.ensembles if whole(config, name)]
+  kept = train.check_ensembles(
+    config.ensembles, config.rows, tuple(config.students)
+  )
   train.check_comparison(
-    config.rows, config.claims, config.seeds, derived=derived
+    config.rows, config.claims, config.seeds, derived=tuple(kept)
   )
   train.check_periods(config)
   train.check_settings("", config)
@@ -86,10 +83,7 @@ def load(config):
     train.check_student(
       where, row, taught=bool(row.teacher), before=config.rows[:number]
     )
-  for name, members in config.ensembles.items():
-    for member in members:
-      check_choice(f"ensembles.{name}", member, tuple(config.students))
-  return model, data, test, len(known)
+  return model, data, test, len(known), kept
 
 
 def scorer(model, test, batch_size=50):
@@ -169,7 +163,7 @@ def network(config, model, row, n):
   return runner, optimizer, steps
 
 
-def body(config, model, data, test, classes, path):
+def body(config, model, data, test, classes, ensembles, path):
   """Each generation is a stage of its own; a teacher is a row before."""
   stages = train.Stages(path, len(config.seeds) * len(config.rows))
   nll, nets, found, costs = scorer(model, test), {}, {}, {}
@@ -194,9 +188,7 @@ def body(config, model, data, test, classes, path):
       )
       trained[name], digests[name] = variables, teachers.digest(variables)
       found.setdefault(name, []).append(nll(variables))
-    for name, members in config.ensembles.items():
-      if not whole(config, name):
-        continue
+    for name, members in ensembles.items():
       together = models.ensemble(dict.fromkeys(members, model))
       score = scorer(together, test)
       mean = score({member: trained[member] for member in members})
@@ -223,7 +215,7 @@ def table(config, found, costs, data, test, classes):
   return {
     "experiment": "born_again_lm",
     "title": f"Born-again language models on {config.study}",
-    "source": "Furlanello et al. 2018, arXiv:1805.04770, Sec. 4.3",
+    "source": "Furlanello et al. 2018, arXiv:1805.04770, Table 6",
     "seeds": list(config.seeds),
     "metric": {
       "name": "test perplexity",
@@ -256,13 +248,9 @@ def table(config, found, costs, data, test, classes):
   }
 
 
-def run(config, workdir):
+def run(config, workdir, **how):
   """Trains every generation for every seed; returns the result."""
-  with checking():
-    inputs = load(config)
-  return train.record(
-    lambda path: body(config, *inputs, path), config.to_dict(), workdir
-  )
+  return train.execute(load, body, config, workdir, **how)
 
 
 if __name__ == "__main__":

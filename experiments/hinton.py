@@ -17,7 +17,7 @@ import optax
 
 from kd_jax import cli, data, losses, models, report, teachers, train
 from kd_jax.data import views
-from kd_jax.errors import check_number, checking
+from kd_jax.errors import check_number
 from kd_jax.reduce import Term
 
 
@@ -200,13 +200,9 @@ def body(config, num_classes, teacher_net, pool, held, test, path):
   return result, {"curves": curves, "examples": examples}
 
 
-def run(config, workdir):
+def run(config, workdir, **how):
   """Trains teachers and students for every seed; returns the result."""
-  with checking():
-    inputs = load(config)
-  return train.record(
-    lambda path: body(config, *inputs, path), config.to_dict(), workdir
-  )
+  return train.execute(load, body, config, workdir, **how)
 
 
 if __name__ == "__main__":

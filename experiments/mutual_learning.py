@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import cli, fidelity, losses, models, targets, train
-from kd_jax.errors import check_choice, check_number, checking
+from kd_jax.errors import check_choice, check_number
 from kd_jax.reduce import Term
 
 TARGETS = ("each", "mean_probability", "mean_logit", "stale", "ema")
@@ -124,8 +124,6 @@ def check_row(config, where, row):
   count = len(row.peers)
   if count < 1:
     raise ValueError(f"{where}.peers is (); it should name a network each")
-  for name in row.peers:
-    check_choice(f"{where}.peers", name, tuple(config.networks))
   try:
     matrix = who_teaches(row)
     fine = matrix.shape == (count, count) and np.all(matrix >= 0)
@@ -176,17 +174,14 @@ def load(config):
     config.rows, config.claims, config.seeds, derived=derived
   )
   images = train.load_images(config)
+  used = {}
   for name in config.rows:
     check_choice("rows", name, tuple(config.cohorts))
+    for i, peer in enumerate(config.cohorts[name].peers):
+      used[f"cohorts.{name}.peers[{i}]"] = peer
+  train.check_networks(config, used, images)
+  for name in config.rows:
     check_row(config, f"cohorts.{name}", config.cohorts[name])
-    for net in config.cohorts[name].peers:
-      train.check_network(
-        config,
-        f"networks.{net}",
-        config.networks[net],
-        images.part,
-        images.num_classes,
-      )
   return images, images.test.evaluated()
 
 
@@ -254,13 +249,9 @@ def body(config, images, test, path):
   return result, {"curves": curves}
 
 
-def run(config, workdir):
+def run(config, workdir, **how):
   """Trains every cohort for every seed; returns the result."""
-  with checking():
-    inputs = load(config)
-  return train.record(
-    lambda path: body(config, *inputs, path), config.to_dict(), workdir
-  )
+  return train.execute(load, body, config, workdir, **how)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 
 from kd_jax import cli, evaluate, losses, models, targets, teachers, train
 from kd_jax.data import augment, views
-from kd_jax.errors import check_choice, checking, naming
+from kd_jax.errors import check_choice, naming
 from kd_jax.reduce import Term
 
 MODES = ("labels", "fixed", "independent", "consistent", "function_matching")
@@ -105,28 +105,21 @@ def load(config):
       train.check_network(config, where, s, images.pool, classes)
       continue
     with naming(f"{where}.checkpoint"):
-      shape = (s.size or view.size, s.size or view.size, images.channels)
-      checkpoints[name] = train.load_teacher(
-        s.checkpoint, s.model, classes, shape, **s.fields
-      )
+      found = train.image_teacher(config, s, images, s.checkpoint)
+      checkpoints[name] = found
+  used = {}
   for name in config.rows:
     check_choice("rows", name, tuple(config.students))
     row, where = config.students[name], f"students.{name}"
     check_choice(f"{where}.mode", row.mode, MODES)
     train.check_student(where, row, taught=row.mode != "labels")
-    check_choice(f"{where}.network", row.network, tuple(config.networks))
-    train.check_network(
-      config,
-      f"networks.{row.network}",
-      config.networks[row.network],
-      images.part,
-      classes,
-    )
+    used[f"{where}.network"] = row.network
     if row.bank and (view.on_host or row.mode not in MODES[3:]):
       raise ValueError(
         f"{where}.bank is {row.bank}; it should be 0, but for the modes "
         f"{' and '.join(MODES[3:])} with images on the device"
       )
+  train.check_networks(config, used, images)
   return images, images.test.evaluated(), checkpoints
 
 
@@ -261,13 +254,9 @@ def body(config, images, test, checkpoints, path):
   return result, {"curves": curves}
 
 
-def run(config, workdir):
+def run(config, workdir, **how):
   """Trains the teachers and the students; returns the result."""
-  with checking():
-    inputs = load(config)
-  return train.record(
-    lambda path: body(config, *inputs, path), config.to_dict(), workdir
-  )
+  return train.execute(load, body, config, workdir, **how)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from kd_jax import cli, compression, losses, targets, train
 from kd_jax.data import augment
-from kd_jax.errors import check_choice, checking
+from kd_jax.errors import check_choice
 from kd_jax.reduce import Term
 
 # Which way to combine the branches each method needs.
@@ -125,14 +125,17 @@ def load(config):
     config.rows, config.claims, config.seeds, derived=derived
   )
   images = train.load_images(config)
+  for name, s in config.networks.items():
+    check_choice(f"networks.{name}.model", s.model, ("branched", "multi_exit"))
+  used = {}
   for name in config.rows:
     check_choice("rows", name, tuple(config.students))
+    used[f"students.{name}.network"] = config.students[name].network
+  train.check_networks(config, used, images)
+  for name in config.rows:
     row, where = config.students[name], f"students.{name}"
     check_choice(f"{where}.method", row.method, tuple(METHODS))
-    check_choice(f"{where}.network", row.network, tuple(config.networks))
-    s, field = config.networks[row.network], f"networks.{row.network}"
-    check_choice(f"{field}.model", s.model, ("branched", "multi_exit"))
-    train.check_network(config, field, s, images.part, images.num_classes)
+    s = config.networks[row.network]
     wanted = METHODS[row.method]
     if wanted and s.fields.get("combine", "mean") != wanted:
       raise ValueError(
@@ -218,13 +221,9 @@ def body(config, images, test, path):
   }
 
 
-def run(config, workdir):
+def run(config, workdir, **how):
   """Trains every network for every seed; returns the result."""
-  with checking():
-    inputs = load(config)
-  return train.record(
-    lambda path: body(config, *inputs, path), config.to_dict(), workdir
-  )
+  return train.execute(load, body, config, workdir, **how)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The command line of every experiment: config, overrides, exit codes.
 
 `python -m experiments.NAME --config=configs/NAME/SETTING.py[:ARG,key=value]
---workdir=DIR [--config.key=value]`.
+--workdir=DIR [--config.key=value] [--allow=key]`.
 
 Exit codes: 0 done, 1 the run failed, 2 the input was wrong (nothing was
 touched), 143 stopped by SIGTERM with its state saved.
@@ -9,6 +9,7 @@ touched), 143 stopped by SIGTERM with its state saved.
 
 from collections.abc import Callable, Mapping
 import difflib
+import errno
 import os
 import pathlib
 import re
@@ -19,14 +20,19 @@ from absl import flags, logging
 import jax
 from ml_collections import ConfigDict, config_flags
 
-from kd_jax.errors import BadInput
+from kd_jax.errors import BadInput, CheckpointError
+
+# A disk that is full, over its quota, read-only or broken.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(
-  run: Callable[[ConfigDict, str], Mapping[str, Any]],
+  run: Callable[..., Mapping[str, Any]],
   argv: list[str] | None = None,
 ) -> None:
   """Parses the command line, calls `run(config, workdir)`, and exits.
+
+  With `--allow`, its fields are the argument `allow` of `run`.
 
   Args:
     run: the experiment. It raises `BadInput` for wrong input.
@@ -43,6 +49,13 @@ def main(
     "Config file, as configs/hinton/mnist5k.py:demo.",
     flag_values=values,
   )
+  flags.DEFINE_list(
+    "allow",
+    [],
+    "Fields that may differ from those the run in --workdir began with, as "
+    "students.soft.epochs: it goes on with the new ones and notes it.",
+    flag_values=values,
+  )
   flags.DEFINE_bool(
     "distributed",
     False,
@@ -56,17 +69,22 @@ def main(
     config, workdir = _parse(argv, values)
   except BadInput as error:
     _leave(error)
-  logging.set_verbosity(logging.ERROR)  # orbax and tfds tell a lot
+  logging.set_verbosity(logging.FATAL)  # orbax logs what it raises, and more
   if values["distributed"].value:
     jax.distributed.initialize()
   try:
-    run(config, workdir)
+    allow = values["allow"].value
+    run(config, workdir, **({"allow": allow} if allow else {}))
   except BadInput as error:
     _leave(error)
-  except FloatingPointError as error:
+  except (FloatingPointError, CheckpointError) as error:
     _leave(error, code=1)
   except BrokenPipeError:  # the reader of the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except OSError as error:
+    if error.errno not in DISK:
+      raise  # a bug, which should keep its traceback
+    _leave(error, code=1)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on", file=sys.stderr)
     sys.exit(130)

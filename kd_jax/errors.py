@@ -1,4 +1,4 @@
-"""The one exception that means "the input was wrong, nothing was done"."""
+"""Exceptions that commands print as one line, and checks that raise them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -10,6 +10,13 @@ class BadInput(ValueError):
   """Wrong input, found before anything was compiled or written.
 
   Commands print its message as one line and exit with code 2.
+  """
+
+
+class CheckpointError(RuntimeError):
+  """No checkpoint can be trusted, or one could not be written.
+
+  Commands print its message as one line and exit with code 1.
   """
 
 

@@ -43,6 +43,23 @@ def digest(tree: Any) -> str:
   return found.hexdigest()
 
 
+def fingerprint(tree: Any) -> str:
+  """The number of examples in a data set, and a digest, for people.
+
+  Args:
+    tree: arrays; with an entry `id`, a data set's columns.
+
+  Returns:
+    One short line.
+
+  Example:
+    >>> fingerprint({"id": np.arange(3)})
+    '3 examples, fb1bd7a0bd3f9ec8'
+  """
+  count = f"{len(tree['id'])} examples, " if "id" in tree else ""
+  return f"{count}{digest(tree)[:16]}"
+
+
 def check(
   model: Model,
   variables: Any,

@@ -1,7 +1,11 @@
 """The command of every experiment: wrong input is one line and exit code 2."""
 
+import errno
+import json
 import os
 import pathlib
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +95,18 @@ def test_a_workdir_of_another_config(capsys, monkeypatch, tmp_path):
   assert "teacher.learning_rate 0.001 -> 0.1" in err
   assert {f: f.read_bytes() for f in files if f.is_file()} == before
   assert sorted((tmp_path / "run").rglob("*")) == files
+  allow = "--allow=teacher.learning_rate"
+  code, err = call(
+    capsys, monkeypatch, SMOKE + ",teacher.learning_rate=0.1", workdir, allow
+  )
+  assert code == 2 and "is finished, so --allow comes too late" in err
+  assert {f: f.read_bytes() for f in files if f.is_file()} == before
+  (tmp_path / "run" / "result.json").unlink()
+  code, err = call(
+    capsys, monkeypatch, SMOKE + ",teacher.learning_rate=0.1", workdir, allow
+  )
+  assert code == 0
+  assert (tmp_path / "run" / "changes.json").exists()
 
 
 def test_overrides_reach_the_run_in_every_form(capsys, monkeypatch, tmp_path):
@@ -117,6 +133,56 @@ def test_a_failed_run_is_exit_code_1(capsys, monkeypatch, tmp_path):
 
   code, err = call(capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=run)
   assert code == 1 and err == "error: step 3 is not finite: hard = nan\n"
+
+
+def small_files():
+  """From here on, no file of this process can grow beyond 8 KiB."""
+  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path):
+  """The teacher is trained; its student cannot be saved; then there is room."""
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-m", "experiments.hinton", SMOKE]
+  command.append(f"--workdir={workdir}")
+  environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+
+  def run(**how):
+    how |= {"capture_output": True, "text": True, "check": False}
+    return subprocess.run(command, env=environment, **how)
+
+  assert run().returncode == 0
+  before = json.loads((workdir / "result.json").read_text())
+  (workdir / "result.json").unlink()
+  stages = sorted(p.name for p in (workdir / "seed0").iterdir())
+  (student,) = [name for name in stages if name.startswith("hard")]
+  shutil.rmtree(workdir / "seed0" / student)
+  teacher = (workdir / "seed0" / "teacher" / "checkpoints").rglob("*")
+  kept = {path: path.read_bytes() for path in teacher if path.is_file()}
+
+  full = run(preexec_fn=small_files)
+  assert full.returncode == 1
+  assert "Traceback" not in full.stderr
+  last = full.stderr.strip().splitlines()[-1]
+  wanted = f"error: cannot write to {workdir}/seed0/{student}/checkpoints: "
+  assert last.startswith(wanted) and "File too large" in last
+  assert not (workdir / "result.json").exists()
+  assert {path: path.read_bytes() for path in kept} == kept
+  assert run().returncode == 0
+  after = json.loads((workdir / "result.json").read_text())
+  assert after["rows"] == before["rows"]
+
+
+def test_no_room_for_other_files(capsys, monkeypatch, tmp_path):
+  def run(config, workdir):
+    raise OSError(errno.ENOSPC, "No space left on device", workdir)
+
+  args = [SMOKE, f"--workdir={tmp_path / 'x'}"]
+  code, err = call(capsys, monkeypatch, *args, run=run)
+  assert code == 1
+  wanted = f"No space left on device: '{tmp_path / 'x'}'"
+  assert err.startswith("error: ") and wanted in err
+  assert err.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys, tmp_path):

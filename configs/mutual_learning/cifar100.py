@@ -7,7 +7,9 @@ Arguments, as `--config=configs/mutual_learning/cifar100.py:ARG`, joined by "+":
   turns      the peers take turns, as in the paper's algorithm
   smoke      two steps of tiny networks on digits that need no download
 The paper's numbers are the errors of 10,000 of WRN-28-10, alone and as the mean
-of two peers.
+of two peers (78.69% right alone, 80.28 and 80.08 as peers). They, batch 64, the
+learning rate and its steps are known from descriptions of the paper, not from
+its own text; the weight decay is that of wide ResNets.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,9 @@
 """Training: state, step, many devices, loop, checkpoints."""
 
+from kd_jax.train.batches import (
+  gather_batch as gather_batch,
+  index_batches as index_batches,
+)
 from kd_jax.train.checkpoints import (
   CheckpointError as CheckpointError,
   Checkpoints as Checkpoints,
@@ -8,6 +12,7 @@ from kd_jax.train.checkpoints import (
 )
 from kd_jax.train.checks import (
   check_comparison as check_comparison,
+  check_ensembles as check_ensembles,
   check_periods as check_periods,
   check_settings as check_settings,
   check_student as check_student,
@@ -20,6 +25,7 @@ from kd_jax.train.extras import (
   Extra as Extra,
   ema as ema,
   stale as stale,
+  with_extra as with_extra,
 )
 from kd_jax.train.images import Images as Images
 from kd_jax.train.loop import fit as fit
@@ -36,12 +42,17 @@ from kd_jax.train.parallel import (
   compile as compile,
 )
 from kd_jax.train.period import Period as Period
-from kd_jax.train.record import record as record
+from kd_jax.train.record import (
+  execute as execute,
+  record as record,
+)
 from kd_jax.train.setup import (
   ImageData as ImageData,
   check_network as check_network,
+  check_networks as check_networks,
   image_classifier as image_classifier,
   image_model as image_model,
+  image_teacher as image_teacher,
   load_images as load_images,
   random_views as random_views,
   steps_of as steps_of,
@@ -53,11 +64,8 @@ from kd_jax.train.state import (
 )
 from kd_jax.train.step import (
   Aux as Aux,
-  gather_batch as gather_batch,
   in_turn as in_turn,
-  index_batches as index_batches,
   make_step as make_step,
-  with_extra as with_extra,
 )
 from kd_jax.train.study import (
   Study as Study,

@@ -20,11 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kd_jax import models
-from kd_jax.errors import BadInput
-
-
-class CheckpointError(RuntimeError):
-  """No checkpoint can be trusted, or one could not be written."""
+from kd_jax.errors import BadInput, CheckpointError as CheckpointError
 
 
 class Checkpoints:
@@ -172,7 +168,8 @@ class Checkpoints:
     return aside
 
   def _cannot_write(self, error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot write to {self.directory}: {error}")
+    cause = str(error).rsplit('": ', 1)[-1]  # orbax names each of its files
+    return CheckpointError(f"cannot write to {self.directory}: {cause}")
 
 
 def load_trained(
@@ -216,7 +213,7 @@ def load_trained(
         "first"
       )
   path = folder / str(max(steps))
-  stored = _read_plain(path)
+  stored = read_leaves(path)
   if isinstance(stored, str):
     raise BadInput(f"{path} is damaged: {stored}")
   roles = {key[1]: None for key in stored if key[0] == "params"}
@@ -247,8 +244,8 @@ def load_teacher(
   """The variables of a teacher, from a file or from another run.
 
   Args:
-    path: an `.npz` file, see `models.load`; everything else is taken as a
-      directory, see `load_trained`.
+    path: a file with a suffix, see `models.load`, or a directory, see
+      `load_trained`.
     name: of the reference model, see `models.create`.
     num_classes: as for `models.create`.
     shape: of one input, without the batch.
@@ -261,12 +258,11 @@ def load_teacher(
     BadInput: if it cannot be read or is of another architecture.
     ValueError: if there is no such model or field.
   """
-  if os.fspath(path).endswith(".npz"):
-    return models.load(path, name, num_classes, **fields)
-  model = models.create(name, num_classes, **fields)
-  inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-  template = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  return load_trained(path, template)
+  if os.path.isfile(path) or (
+    pathlib.Path(path).suffix and not os.path.isdir(path)
+  ):
+    return models.load(path, name, num_classes, shape=shape, **fields)
+  return load_trained(path, models.template(name, num_classes, shape, **fields))
 
 
 def verify(directory: str | os.PathLike[str]) -> dict[str, str | None]:
@@ -296,13 +292,20 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, str | None]:
     raise BadInput(f"{directory} holds no checkpoints")
   found = {}
   for path in steps:
-    stored = _read_plain(path)
+    stored = read_leaves(path)
     found[str(path)] = stored if isinstance(stored, str) else None
   return found
 
 
-def _read_plain(path: pathlib.Path) -> dict[tuple[str, ...], np.ndarray] | str:
-  """The leaves of a checkpoint by their paths, or why it cannot be trusted."""
+def read_leaves(path: pathlib.Path) -> dict[tuple[str, ...], np.ndarray] | str:
+  """The leaves of a checkpoint, whatever program wrote it.
+
+  Args:
+    path: of one checkpoint, the folder that its step names.
+
+  Returns:
+    The leaves by their paths; or in one line, why they cannot be trusted.
+  """
   try:
     with ocp.CheckpointManager(path.parent) as manager:
       stored = manager.restore(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kd_jax.errors import check_number
+from kd_jax.errors import check_choice, check_number
 from kd_jax.train.parallel import check_divides
 from kd_jax.train.period import Period
 
@@ -98,6 +98,34 @@ def check_student(
       f"{where}.hard_weight is {row.hard_weight}; it should be above 0, as the "
       "student would learn nothing"
     )
+
+
+def check_ensembles(
+  ensembles: Mapping[str, Sequence[str]],
+  rows: Sequence[str],
+  students: Sequence[str],
+) -> dict[str, tuple[str, ...]]:
+  """The ensembles whose members are all trained; others are left out.
+
+  Args:
+    ensembles: names of their members, by name.
+    rows: the students that are trained.
+    students: all that there are.
+
+  Returns:
+    Those of `ensembles`.
+
+  Raises:
+    ValueError: if a member is no student.
+  """
+  for name, members in ensembles.items():
+    for member in members:
+      check_choice(f"ensembles.{name}", member, students)
+  return {
+    name: tuple(members)
+    for name, members in ensembles.items()
+    if set(members) <= set(rows)
+  }
 
 
 def check_periods(config: Mapping[str, Any]) -> None:

@@ -12,17 +12,15 @@ import optax
 
 from kd_jax import evaluate, fidelity, teachers
 from kd_jax.models import Model
-from kd_jax.train.extras import Extra
+from kd_jax.train.batches import gather_batch, index_batches
+from kd_jax.train.extras import Extra, with_extra
 from kd_jax.train.loop import fit
 from kd_jax.train.parallel import compile
 from kd_jax.train.state import TrainState, init_state
 from kd_jax.train.step import (
   LossFn,
-  gather_batch,
   in_turn,
-  index_batches,
   make_step,
-  with_extra,
 )
 
 Variables = dict[str, Any]

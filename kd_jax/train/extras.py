@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kd_jax.errors import check_number
 from kd_jax.train.state import TrainState
+from kd_jax.train.step import Batch, Metrics, keep
 
 
 class Extra(NamedTuple):
@@ -35,13 +36,12 @@ def ema(decay: float) -> Extra:
 
     w'_t = a_t w'_{t-1} + (1 - a_t) w_t,   a_t = min(1 - 1/(t + 1), decay)
 
-  At first it is the plain mean of all weights so far, as in the authors' code,
-  the initial ones among them,
-  so that these do not linger. Counts, and the state of the model
-  (batch statistics), are those of the last step.
+  At first it is the plain mean of all weights so far, the initial ones among
+  them, as in the authors' code; these do not linger. Counts, and the state of
+  the model (batch statistics), are those of the last step.
 
   Args:
-    decay: within [0, 1), 0.999 in the paper's first phase.
+    decay: within [0, 1).
 
   Returns:
     An `Extra` with `params` and `state`, both by role.
@@ -85,7 +85,7 @@ def stale(every: int) -> Extra:
   Raises:
     ValueError: if every is not positive.
 
-  Reference: Anil et al. 2018, arXiv:1804.03235, Sec. 2.1.
+  Reference: Anil et al. 2018, arXiv:1804.03235.
   """
   check_number("every", every, least=1)
 
@@ -98,3 +98,44 @@ def stale(every: int) -> Extra:
     )
 
   return Extra(_copies, update)
+
+
+def with_extra(
+  step: Callable[..., tuple[TrainState, Metrics]],
+  update: Callable[[Any, TrainState], Any],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Lets a step keep something beside the parameters, see the module.
+
+  Args:
+    step: what `make_step` or `in_turn` returned.
+    update: `update(extra, state) -> extra`, from the extra before the step and
+      the state after it. It is not called for a step that was not made.
+
+  Returns:
+    The same step, whose `loss_fn` finds the extra in `frozen["extra"]`.
+  """
+
+  def run(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[TrainState, Metrics]:
+    frozen = {**frozen, "extra": state.extra}
+    new, metrics = step(state, frozen, batch, axis_name=axis_name)
+    changed = new.replace(extra=update(state.extra, new))
+    return keep(new.step > state.step, changed, new), metrics
+
+  def bad_leaves(
+    state: TrainState,
+    frozen: Any,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+  ) -> tuple[Any, Metrics]:
+    frozen = {**frozen, "extra": state.extra}
+    return step.bad_leaves(state, frozen, batch, axis_name=axis_name)  # type: ignore[attr-defined]
+
+  run.bad_leaves = bad_leaves  # type: ignore[attr-defined]
+  return run

@@ -63,6 +63,14 @@ class Images:
     """Of an image."""
     return self._source[0]["image"].shape[-1]
 
+  def fingerprint(self) -> str:
+    """Their number and a digest; of images on the host, of 16 among them."""
+    if self.arrays is not None:
+      return teachers.fingerprint(self.arrays)
+    shown = np.linspace(0, self.n - 1, 16).astype(int)
+    few = [dict(self._source[int(i)]) for i in shown]
+    return f"{self.n} examples, {teachers.digest(few)[:16]}"
+
   def some(self, count: int, seed: int = 0) -> "Images":
     """A part of them, drawn at random."""
     drawn = order.batch_ids(seed, 0, count, self.n)

@@ -1,7 +1,8 @@
 """From a config and a directory to a result on disk, once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import datetime
+import inspect
 import json
 import os
 import pathlib
@@ -12,16 +13,66 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
-from kd_jax import report, result_file, results
+from kd_jax import report, result_file, results, teachers
+from kd_jax.errors import checking
 from kd_jax.files import write_text
-from kd_jax.train.workdir import check_workdir, open_workdir
+from kd_jax.train.images import Images
+from kd_jax.train.workdir import open_workdir, read_changes
+
+
+def execute(
+  load: Callable[[Any], Sequence[Any]],
+  body: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+  config: Any,
+  workdir: str | os.PathLike[str],
+  *,
+  allow: Sequence[str] = (),
+) -> dict[str, Any]:
+  """What every experiment does: reads, checks, trains, records.
+
+  Args:
+    load: `load(config) -> inputs`: checks the config and reads what it names,
+      before anything is compiled or written. It may raise what `checking`
+      turns into `BadInput`.
+    body: `body(config, *inputs, path)`, see `record`. A run pins the arrays
+      among its inputs: it goes on only with the same, by the names of these
+      arguments.
+    config: a ConfigDict.
+    workdir: see `record`.
+    allow: see `record`.
+
+  Returns:
+    The result.
+
+  Raises:
+    BadInput: as `record`, and from `load`.
+  """
+  with checking():
+    inputs = tuple(load(config))
+  names = list(inspect.signature(body).parameters)[1:-1]
+  pinned: dict[str, str] = {}
+  for name, value in zip(names, inputs, strict=True):
+    pinned |= _pins(name, value)
+  if config.get("parallel") == "pmap":  # its random numbers depend on them
+    pinned["devices"] = str(config.devices or jax.device_count())
+  return record(
+    lambda path: body(config, *inputs, path),
+    config.to_dict(),
+    workdir,
+    inputs=pinned,
+    allow=allow,
+  )
 
 
 def record(
   body: Callable[[pathlib.Path], tuple[dict[str, Any], dict[str, Any]]],
   config: Mapping[str, Any],
   workdir: str | os.PathLike[str],
+  *,
+  inputs: Mapping[str, str] | None = None,
+  allow: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Runs an experiment's body unless it has finished in `workdir` already.
 
@@ -32,6 +83,9 @@ def record(
       only the experiment knows, and keyword arguments for `report.write`.
     config: plain nested mapping of the settings.
     workdir: the run's directory; the same again resumes or shows the result.
+    inputs: what pins the data and teachers, by name.
+    allow: fields and inputs that may differ from those of the run's beginning;
+      the result's notes tell of it.
 
   Returns:
     The result, see `kd_jax.result_file`.
@@ -39,9 +93,9 @@ def record(
   Raises:
     BadInput: if the directory belongs to another config or another process.
   """
-  check_workdir(workdir, config)
   start = time.time()
-  with open_workdir(workdir, config) as path:
+  how: Any = {"inputs": inputs, "allow": allow}
+  with open_workdir(workdir, config, **how) as path:
     stored = path / "result.json"
     if stored.exists():
       result = result_file.load(stored)
@@ -61,6 +115,9 @@ def record(
         "models": {},
         **result,
       }
+      changed = [f"Changed on the way: {line}" for line in read_changes(path)]
+      if changed:
+        result["notes"] = [*result.get("notes", []), *changed]
       if jax.process_index() == 0:
         report.write(path / "report.html", result, **pages)
         result_file.save(stored, result)
@@ -68,6 +125,23 @@ def record(
       print(results.table(result))
       print(f"report: {path / 'report.html'}")
     return result
+
+
+def _pins(name: str, value: Any) -> dict[str, str]:
+  """What tells an input from another: examples and a digest of its arrays."""
+  if hasattr(value, "_fields"):
+    pins: dict[str, str] = {}
+    for field in value._fields:
+      pins |= _pins(f"{name}.{field}", getattr(value, field))
+    return pins
+  if isinstance(value, Images):
+    return {name: value.fingerprint()}
+  arrays = [
+    leaf
+    for leaf in jax.tree.leaves(value)
+    if isinstance(leaf, np.ndarray | jax.Array)
+  ]
+  return {name: teachers.fingerprint(value)} if arrays else {}
 
 
 def command() -> str:

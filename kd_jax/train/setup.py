@@ -14,12 +14,14 @@ import optax
 from kd_jax import data, models
 from kd_jax.data import augment
 from kd_jax.errors import check_choice, check_number, naming
+from kd_jax.train.batches import index_batches
+from kd_jax.train.checkpoints import load_teacher
 from kd_jax.train.checks import check_periods, check_settings
 from kd_jax.train.classifier import Classifier
 from kd_jax.train.images import Images
 from kd_jax.train.optimizers import optimizer
 from kd_jax.train.parallel import check_divides
-from kd_jax.train.step import LossFn, index_batches
+from kd_jax.train.step import LossFn
 from kd_jax.train.study import use_devices
 
 
@@ -31,14 +33,12 @@ class ImageData(NamedTuple):
     pool: all training images.
     part: those that students learn from.
     test: the test images, read by `evaluated`.
-    channels: of an image.
   """
 
   num_classes: int
   pool: Images
   part: Images
   test: Images
-  channels: int
 
 
 def load_images(config: Any) -> ImageData:
@@ -81,7 +81,6 @@ def load_images(config: Any) -> ImageData:
     pool,
     pool.some(config.transfer) if config.transfer else pool,
     Images(tested, **how),
-    source[0]["image"].shape[-1],
   )
 
 
@@ -170,6 +169,53 @@ def check_network(
       line = str(error).strip().splitlines()[0]
       raise ValueError(f"fields make no {settings.model}: {line}") from None
     optimizer(1, **settings.optimizer)
+
+
+def check_networks(
+  config: Any, used: Mapping[str, str], images: ImageData
+) -> None:
+  """Refuses networks of students that are not there or could not be trained.
+
+  Args:
+    config: has `networks`, groups of settings; else as for `check_network`.
+    used: for each field that names a network, the name.
+    images: of which the students learn `part`.
+
+  Raises:
+    BadInput: naming the field.
+  """
+  for field, name in used.items():
+    check_choice(field, name, tuple(config.networks))
+  for name in dict.fromkeys(used.values()):
+    settings, where = config.networks[name], f"networks.{name}"
+    check_network(config, where, settings, images.part, images.num_classes)
+
+
+def image_teacher(
+  config: Any, settings: Any, images: ImageData, path: str
+) -> dict[str, Any]:
+  """The variables of a trained network, see `load_teacher`.
+
+  Args:
+    config: has `view.size`.
+    settings: of the network, see `image_model`.
+    images: whose classes and channels it should have.
+    path: of the file, or of the stage of another run.
+
+  Returns:
+    {"params", "state"}.
+
+  Raises:
+    BadInput: if it cannot be read or is of another architecture.
+  """
+  side = settings.size or config.view.size
+  return load_teacher(
+    path,
+    settings.model,
+    images.num_classes,
+    (side, side, images.part.channels),
+    **settings.fields,
+  )
 
 
 def steps_of(epochs: float, batch_size: int, n: int) -> int:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import socket
 from typing import Any
 import zlib
@@ -18,28 +19,38 @@ from kd_jax.errors import BadInput
 from kd_jax.files import write_text
 
 # What may differ when a run is taken up again: none of it changes the numbers.
-SAFE_FIELDS = ("log_every", "save_every", "eval_every", "progress")
+SAFE_FIELDS = ("log_every", "save_every", "eval_every", "progress", "data_dir")
 
 
 @contextlib.contextmanager
 def open_workdir(
-  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+  workdir: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  inputs: Mapping[str, str] | None = None,
+  allow: Sequence[str] = (),
 ) -> Iterator[pathlib.Path]:
-  """Claims a directory for a run and writes `config.json` into it.
+  """Claims a directory for a run and writes what it is made of into it.
+
+  That is `config.json`, `inputs.json`, and `changes.json`, a line for each
+  change that was allowed.
 
   Args:
     workdir: local path; made if missing.
     config: plain nested mapping of the run's settings.
+    inputs: what pins the data and teachers that were read, by name.
+    allow: fields of the config, or names of inputs, that may differ from those
+      with which the run began.
 
   Yields:
     The path. Until the block ends no other process can open it.
 
   Raises:
-    BadInput: if the directory belongs to a run with another config (the
-      differences are listed), or another process is writing to it. Nothing is
-      changed then.
+    BadInput: if the directory belongs to a run with another config or other
+      inputs (the differences are listed), or another process is writing to it.
+      Nothing is changed then.
   """
-  path = check_workdir(workdir, config)
+  path = check_workdir(workdir, config, inputs=inputs, allow=allow)
   if jax.process_index() != 0:
     yield path
     return
@@ -57,24 +68,36 @@ def open_workdir(
     lock.truncate()
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
+    changed = _changes(path, config, inputs)
+    if changed:
+      earlier = read_changes(path)
+      write_text(path / "changes.json", _dump(earlier + changed))
     write_text(path / "config.json", _dump(config))
+    write_text(path / "inputs.json", _dump(inputs or {}))
     yield path
 
 
 def check_workdir(
-  workdir: str | os.PathLike[str], config: Mapping[str, Any]
+  workdir: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  *,
+  inputs: Mapping[str, str] | None = None,
+  allow: Sequence[str] = (),
 ) -> pathlib.Path:
   """Checks that a directory is free for this config; touches nothing.
 
   Args:
     workdir: local path, may be missing.
     config: plain nested mapping of the run's settings.
+    inputs: as for `open_workdir`.
+    allow: likewise.
 
   Returns:
     The path.
 
   Raises:
-    BadInput: if it cannot hold this run.
+    BadInput: if it cannot hold this run, or what is allowed has not changed or
+      cannot any more.
   """
   if "://" in str(workdir):
     raise BadInput(
@@ -99,18 +122,53 @@ def check_workdir(
         "kd_jax; name an empty or new --workdir"
       )
     return path
-  try:
-    old = json.loads(stored.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise BadInput(f"{stored} is damaged: {error}") from None
-  changes = _differences(old, json.loads(_dump(config)))
+  changes = _changes(path, config, inputs)
+  if changes and allow and (path / "result.json").exists():
+    raise BadInput(
+      f"the run in {path} is finished, so --allow comes too late: name another "
+      "--workdir"
+    )
+  below = lambda line, name: re.match(rf"{re.escape(name)}[ .]", line)
+  for name in allow:
+    if not any(below(line, name) for line in changes):
+      raise BadInput(f"--allow names {name!r}, which is what it was")
+  changes = [
+    line for line in changes if not any(below(line, name) for name in allow)
+  ]
   if changes:
     raise BadInput(
       f"workdir {path} belongs to a run with another config: "
-      f"{'; '.join(changes)} (old -> new). Name another --workdir or undo "
-      "the change"
+      f"{'; '.join(changes)} (old -> new). Name another --workdir, undo "
+      "the change, or go on with it by --allow=FIELD"
     )
   return path
+
+
+def read_changes(path: pathlib.Path) -> list[str]:
+  """What was changed while a run was going on, a line for each field."""
+  stored = path / "changes.json"
+  return _read(stored) if stored.exists() else []
+
+
+def _changes(
+  path: pathlib.Path,
+  config: Mapping[str, Any],
+  inputs: Mapping[str, str] | None,
+) -> list[str]:
+  """How this config and these inputs differ from those that were stored."""
+  if not (path / "config.json").exists():
+    return []
+  found = _differences(_read(path / "config.json"), json.loads(_dump(config)))
+  known = path / "inputs.json"
+  old = _read(known) if known.exists() else {}  # older runs had no such file
+  return found + (_differences(old, dict(inputs or {})) if old else [])
+
+
+def _read(path: pathlib.Path) -> Any:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise BadInput(f"{path} is damaged: {error}") from None
 
 
 def check_branch(
@@ -132,10 +190,7 @@ def check_branch(
       f"{run} is no run of kd_jax: it has no config.json. It should be the "
       "--workdir of another run"
     )
-  try:
-    there = json.loads(stored.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise BadInput(f"{stored} is damaged: {error}") from None
+  there = _read(stored)
   here = json.loads(_dump(config))
   changes = []
   for field in fields:
@@ -219,7 +274,7 @@ def hash_ids(ids: np.ndarray) -> str:
   return f"{zlib.crc32(data.tobytes()):08x}"
 
 
-def _dump(config: Mapping[str, Any]) -> str:
+def _dump(config: Any) -> str:
   return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

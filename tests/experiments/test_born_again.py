@@ -189,14 +189,20 @@ def test_a_generation_begins_anew_and_its_twin_with_it():
         assert not row.teacher
 
 
-def test_the_first_loss_is_that_of_other_weights(first):
-  """On the same batch of labels, generations 0 and 1 begin differently."""
-  path = first[0] / "seed0"
+def test_a_generation_and_its_twin_begin_alike(tmp_path):
+  """With the same loss on labels at the first step; generation 0 has another.
+
+  The network has no dropout, so that this says: the same weights and batch.
+  """
+  rows = ("generation_0", "generation_1_labels", "twin_1")
+  config = tiny(rows=rows, claims=(), **{"sharpness.images": 0})
+  born_again.run(config, tmp_path / "run")
   losses = {}
-  for name in ("generation_0", "cwtm"):
-    lines = train.workdir.read_metrics(path / name / "metrics.jsonl")
-    losses[name] = lines[0]["hard"]
-  assert losses["generation_0"] != losses["cwtm"]
+  for name in rows:
+    path = tmp_path / "run" / "seed0" / name / "metrics.jsonl"
+    losses[name] = train.workdir.read_metrics(path)[0]["hard"]
+  assert losses["generation_1_labels"] == pytest.approx(losses["twin_1"], 1e-6)
+  assert abs(losses["generation_0"] - losses["twin_1"]) > 1e-3
 
 
 def test_a_run_goes_on_in_its_generation(first, tmp_path, monkeypatch):

@@ -405,7 +405,7 @@ def test_stale_copies_survive_an_interruption(tmp_path, monkeypatch):
     ({"cohorts.turns.teach": ((1, 0), (1, 0))}, "with 0 on the diagonal"),
     ({"cohorts.turns.peers": ()}, r"cohorts\.turns\.peers is \(\)"),
     ({"cohorts.turns.peers": ("student",)}, "one has nobody to ask"),
-    ({"cohorts.turns.peers": ("a", "b")}, r"cohorts\.turns\.peers is 'a'"),
+    ({"cohorts.turns.peers": ("a", "b")}, r"cohorts\.turns\.peers\[0\] is 'a'"),
     ({"cohorts.turns.stacked": True}, r"cohorts\.turns\.stacked is True"),
     (
       {

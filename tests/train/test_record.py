@@ -5,10 +5,15 @@ import json
 import shlex
 import sys
 import types
+from typing import NamedTuple
 
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
 import pytest
 
 from kd_jax import train
+from kd_jax.errors import BadInput
 
 module = importlib.import_module("kd_jax.train.record")
 
@@ -57,6 +62,60 @@ def test_a_failed_body_leaves_no_result(tmp_path):
   before = json.loads((tmp_path / "run" / "seconds.json").read_text())
   found = train.record(lambda path: (small_result(), {}), {}, tmp_path / "run")
   assert found["wall_seconds"] > before > 0  # of both times together
+
+
+def test_a_run_goes_on_with_the_same_inputs_only(tmp_path):
+  class Half(NamedTuple):
+    pool: object
+    model: object
+
+  def load(config):
+    if config.steps < 0:
+      raise ValueError("steps is negative")
+    rows = {"id": np.arange(config.images), "label": np.zeros(config.images)}
+    return Half(rows, len), {"w": jnp.full(3, config.teacher)}, "a word"
+
+  def body(config, images, teacher, word, path):
+    if config.steps < 3:
+      raise KeyboardInterrupt  # pre-empted
+    return small_result(), {}
+
+  def run(allow=(), **more):
+    fields = {"steps": 3, "images": 4, "teacher": 1.0, "parallel": "jit"}
+    config = ConfigDict({**fields, "devices": 0, **more})
+    return train.execute(load, body, config, tmp_path / "run", allow=allow)
+
+  with pytest.raises(BadInput, match="steps is negative"):
+    run(steps=-1)
+  assert not (tmp_path / "run").exists()
+  with pytest.raises(KeyboardInterrupt):
+    run(steps=1)
+  stored = json.loads((tmp_path / "run" / "inputs.json").read_text())
+  assert sorted(stored) == ["images.pool", "teacher"]
+  assert stored["images.pool"].startswith("4 examples, ")
+  with pytest.raises(
+    BadInput,
+    match=r"images 4 -> 5; steps 1 -> 3; images.pool 4 examples, \w+ -> 5",
+  ):
+    run(images=5)
+  with pytest.raises(BadInput, match=r"teacher 1.0 -> 2.0; teacher \w+ -> \w+"):
+    run(teacher=2.0, allow=["steps"])
+  found = run(allow=["steps"])
+  assert found["notes"] == ["Changed on the way: steps 1 -> 3"]
+  assert run()["notes"] == found["notes"]
+
+
+def test_random_numbers_of_pmap_belong_to_its_devices(tmp_path):
+  def run(devices, parallel):
+    config = ConfigDict({"devices": devices, "parallel": parallel})
+    body = lambda config, path: (small_result(), {})
+    train.execute(lambda config: (), body, config, tmp_path / parallel)
+
+  run(0, "pmap")
+  with pytest.raises(BadInput, match="devices 0 -> 4; devices 8 -> 4"):
+    run(4, "pmap")
+  run(0, "jit")
+  assert (tmp_path / "jit" / "inputs.json").read_text() == "{}\n"
 
 
 def test_the_command_is_portable(monkeypatch):

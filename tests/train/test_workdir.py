@@ -10,7 +10,12 @@ import pytest
 
 from kd_jax.errors import BadInput
 from kd_jax.train import check_workdir, open_workdir
-from kd_jax.train.workdir import MetricWriter, hash_ids, read_metrics
+from kd_jax.train.workdir import (
+  MetricWriter,
+  hash_ids,
+  read_changes,
+  read_metrics,
+)
 
 CONFIG = {"seed": 1, "model": {"hidden": (8, 8)}, "log_every": 5}
 
@@ -35,6 +40,46 @@ def test_another_config_is_refused_and_listed(tmp_path):
   assert "model.hidden [8, 8] -> [8, 9]" in text
   assert "new (none) -> True" in text
   assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_change_that_is_allowed_is_made_and_noted(tmp_path):
+  with open_workdir(tmp_path, CONFIG):
+    pass
+  other = {**CONFIG, "seed": 2, "model": {"hidden": (8, 9)}}
+  with pytest.raises(BadInput, match=r"^((?!model).)*seed 1 -> 2.*--allow"):
+    check_workdir(tmp_path, other, allow=["model"])
+  with open_workdir(tmp_path, other, allow=["seed", "model.hidden"]):
+    pass
+  wanted = ["model.hidden [8, 8] -> [8, 9]", "seed 1 -> 2"]
+  assert read_changes(tmp_path) == wanted
+  with open_workdir(tmp_path, {**other, "seed": 3}, allow=["seed"]):
+    pass
+  assert read_changes(tmp_path) == [*wanted, "seed 2 -> 3"]
+  with pytest.raises(BadInput, match="--allow names 'seeds', which is what"):
+    check_workdir(tmp_path, {**other, "seed": 4}, allow=["seed", "seeds"])
+  with pytest.raises(BadInput, match="--allow names 'seed', which is what"):
+    check_workdir(tmp_path, {**other, "seed": 3}, allow=["seed"])
+
+
+def test_other_inputs_are_refused(tmp_path):
+  before = {"images": "5 examples, 12ab", "teacher": "77"}
+  with open_workdir(tmp_path, CONFIG, inputs=before):
+    pass
+  with open_workdir(tmp_path, CONFIG, inputs=before):
+    pass
+  after = {**before, "images": "6 examples, 34cd"}
+  with pytest.raises(
+    BadInput, match="images 5 examples, 12ab -> 6 examples, 34cd"
+  ):
+    check_workdir(tmp_path, CONFIG, inputs=after)
+  with open_workdir(tmp_path, CONFIG, inputs=after, allow=["images"]):
+    pass
+  (tmp_path / "inputs.json").unlink()  # as runs of older versions are
+  with open_workdir(tmp_path, CONFIG, inputs=before):
+    pass
+  (tmp_path / "inputs.json").write_text("{")
+  with pytest.raises(BadInput, match="inputs.json is damaged"):
+    check_workdir(tmp_path, CONFIG, inputs=before)
 
 
 def test_what_is_no_run_is_left_alone(tmp_path):
