@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
+from kd_jax.models.layers import check_images
 
 # Units in each block: as released, and the R26 of timm and big_vision.
 BLOCKS: dict[str, tuple[int, ...]] = {
@@ -198,15 +200,8 @@ class BiTResNet(nn.Module):
   def __call__(self, inputs: jax.Array, *, train: bool = False) -> Outputs:
     """Maps [batch, h, w, c] float images to `Outputs`, all in float32."""
     del train  # The same either way.
-    if inputs.ndim != 4 or not jnp.issubdtype(inputs.dtype, jnp.floating):
-      raise ValueError(
-        f"inputs has shape {inputs.shape} and dtype {inputs.dtype}; it should "
-        "be [batch, height, width, channels] floating point"
-      )
-    if self.num_classes < 1:
-      raise ValueError(
-        f"num_classes is {self.num_classes}; it should be at least 1"
-      )
+    check_number("num_classes", self.num_classes, least=1)
+    check_images(inputs)
     features = self._features()
     x = inputs.astype(jnp.float32)
     x = Root(features, self.root, name="root")(x)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models.base import Outputs
+from kd_jax.models.layers import check_images
 
 
 def convolutions(
@@ -73,14 +74,10 @@ class CNN(nn.Module):
 
     Raises:
       ValueError: if the channels do not divide into the groups, or the inputs
-        are no images.
+        are no float images.
     """
     del train
-    if inputs.ndim != 4:
-      raise ValueError(
-        f"inputs has shape {inputs.shape}; it should be "
-        "[batch, height, width, channels]"
-      )
+    check_images(inputs)
     x = convolutions(inputs, self.layers, self.groups)
     x = x.mean((1, 2)) if self.pool else x.reshape(x.shape[0], -1)
     return Outputs(logits=nn.Dense(self.num_classes)(x))

@@ -14,13 +14,7 @@ import jax.numpy as jnp
 from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
 from kd_jax.models.dropout import Dropout
-from kd_jax.models.wide_resnet import (
-  Conv,
-  Head,
-  NormReLU,
-  check_dropout,
-  check_images,
-)
+from kd_jax.models.layers import Conv, Head, NormReLU, check_images
 
 # A bottleneck has this many times the channels that a layer adds (Sec. 3).
 _BOTTLENECK = 4
@@ -247,7 +241,6 @@ class DenseNet(nn.Module):
         f"where bottleneck is {self.bottleneck}, such as "
         f"{self.depth - (self.depth - 4) % unit}"
       )
-    check_dropout(self.dropout)
     check_images(inputs)
     if min(inputs.shape[1:3]) < 4:
       raise ValueError(

@@ -23,7 +23,7 @@ class Dropout(nn.Module):
   def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
     """Drops units of [..., units] inputs when `train`; rng `dropout`."""
     if not 0 <= self.rate < 1:
-      raise ValueError(f"rate is {self.rate}; it should be in [0, 1)")
+      raise ValueError(f"dropout is {self.rate}; it should be in [0, 1)")
     dropped = min(round(self.rate * 256), 255)
     if not train or dropped == 0:
       return inputs

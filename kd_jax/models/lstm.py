@@ -126,8 +126,6 @@ class LSTMLanguageModel(nn.Module):
     for field in ("num_classes", "width", "depth"):
       check_number(field, getattr(self, field), least=1)
     check_number("init_scale", self.init_scale, above=0)
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"dropout is {self.dropout}; it should be in [0, 1)")
     if inputs.ndim != 2:
       raise ValueError(
         f"inputs have shape {inputs.shape}; it should be [batch, time]"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
 from kd_jax.models.dropout import Dropout
+from kd_jax.models.layers import check_images, normalised
 
 # Every channel number is a multiple of this, also a squeezed or a narrow one.
 _DIVISOR = 8
@@ -117,30 +118,15 @@ class ConvNorm(nn.Module):
       dtype=self.dtype,
       name="conv",
     )(inputs)
-    norm: nn.Module
-    if self.norm == "batch":
-      norm = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=_DECAY,
-        epsilon=_EPSILON,
-        bias_init=self.bias_init,
-        dtype=self.dtype,
-        name="norm",
-      )
-    elif self.norm == "group":
-      norm = nn.GroupNorm(
-        num_groups=None,
-        group_size=_DIVISOR,
-        epsilon=_EPSILON,
-        bias_init=self.bias_init,
-        dtype=self.dtype,
-        name="norm",
-      )
-    else:
-      raise ValueError(
-        f'norm is {self.norm!r}; it should be "batch" or "group"'
-      )
-    x = norm(x)
+    x = normalised(
+      x,
+      self.norm,
+      train=train,
+      decay=_DECAY,
+      epsilon=_EPSILON,
+      bias_init=self.bias_init,
+      dtype=self.dtype,
+    )
     return x if self.activation is None else self.activation(x)
 
 
@@ -343,10 +329,4 @@ class MobileNetV3(nn.Module):
     check_number("width_multiplier", self.width_multiplier, above=0)
     if self.hidden_units is not None:
       check_number("hidden_units", self.hidden_units, least=1)
-    if inputs.ndim != 4:
-      raise ValueError(
-        f"inputs have shape {inputs.shape}; it should be [batch, height, "
-        "width, channels]"
-      )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-      raise ValueError(f"inputs are {inputs.dtype}; they should be float")
+    check_images(inputs)

@@ -14,6 +14,7 @@ import numpy as np
 
 from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
+from kd_jax.models.layers import check_images
 
 # Width, depth and heads; the hidden layer of an MLP is four times as wide.
 _SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}
@@ -312,13 +313,7 @@ class ViT(nn.Module):
       raise ValueError(
         'distillation_token is True; it should be False with pool="gap"'
       )
-    if inputs.ndim != 4:
-      raise ValueError(
-        f"inputs have shape {inputs.shape}; it should be [batch, height, "
-        "width, channels]"
-      )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-      raise ValueError(f"inputs are {inputs.dtype}; they should be float")
+    check_images(inputs)
     for name, side in zip(("height", "width"), inputs.shape[1:3], strict=True):
       if side % self.patch_size or not side:
         raise ValueError(

@@ -12,111 +12,10 @@ import jax.numpy as jnp
 from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
 from kd_jax.models.dropout import Dropout
+from kd_jax.models.layers import Conv, Head, NormReLU, check_images
 
-# Those of Torch, which the authors left as they are. Torch's momentum of 0.1
-# is the share of the new statistics, this decay that of the old.
-_DECAY = 0.9
-_EPSILON = 1e-5
-# The least number of channels in a group.
-_GROUP = 8
 # Channels of the first convolution, and for a width of 1 of the first group.
 _STEM = 16
-
-# Normal with the variance 2 / (kernel area * output channels).
-_kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# Torch's default for linear layers, without its random biases.
-_head_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-class Conv(nn.Module):
-  """A convolution without bias, its borders padded with `kernel // 2` zeros.
-
-  Attributes:
-    channels: number of output channels.
-    kernel: side of the square kernel, odd.
-    stride: the same in both directions.
-    dtype: of the computation.
-  """
-
-  channels: int
-  kernel: int = 3
-  stride: int = 1
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Maps [batch, h, w, c] to [batch, h / stride, w / stride, channels]."""
-    # Not "SAME", which pads an even image less where the stride is 2.
-    pad = self.kernel // 2
-    return nn.Conv(
-      self.channels,
-      (self.kernel, self.kernel),
-      strides=self.stride,
-      padding=pad,
-      use_bias=False,
-      kernel_init=_kernel_init,
-      dtype=self.dtype,
-      name="conv",
-    )(inputs)
-
-
-class NormReLU(nn.Module):
-  """A norm with scale and bias, and a ReLU: what precedes a convolution.
-
-  Attributes:
-    norm: "batch" or "group". A group has 8 channels, or the next larger number
-      that divides them; fewer than 8 channels are one group.
-    dtype: of the computation.
-  """
-
-  norm: str = "batch"
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
-    """Maps [batch, h, w, c] to as many."""
-    norm: nn.Module
-    if self.norm == "batch":
-      norm = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=_DECAY,
-        epsilon=_EPSILON,
-        dtype=self.dtype,
-        name="norm",
-      )
-    elif self.norm == "group":
-      channels = inputs.shape[-1]
-      size = min(_GROUP, channels)
-      while channels % size:
-        size += 1
-      norm = nn.GroupNorm(
-        num_groups=None,
-        group_size=size,
-        epsilon=_EPSILON,
-        dtype=self.dtype,
-        name="norm",
-      )
-    else:
-      raise ValueError(
-        f'norm is {self.norm!r}; it should be "batch" or "group"'
-      )
-    return nn.relu(norm(inputs))
-
-
-class Head(nn.Module):
-  """Mean over all places and a linear read-out, in float32.
-
-  Attributes:
-    num_classes: number of logits.
-  """
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Maps [batch, h, w, c] to [batch, num_classes] float32."""
-    x = jnp.mean(inputs.astype(jnp.float32), axis=(1, 2))
-    return nn.Dense(self.num_classes, kernel_init=_head_init, name="dense")(x)
 
 
 class Block(nn.Module):
@@ -274,22 +173,4 @@ class WideResNet(nn.Module):
         f"width is {self.width}; {_STEM} times it should be a whole number of "
         "channels"
       )
-    check_dropout(self.dropout)
     check_images(inputs)
-
-
-def check_dropout(rate: float) -> None:
-  """Raises ValueError unless `dropout` is in [0, 1)."""
-  if not 0 <= rate < 1:
-    raise ValueError(f"dropout is {rate}; it should be in [0, 1)")
-
-
-def check_images(inputs: jax.Array) -> None:
-  """Raises ValueError unless these are [batch, height, width, channels]."""
-  if inputs.ndim != 4:
-    raise ValueError(
-      f"inputs have shape {inputs.shape}; it should be [batch, height, "
-      "width, channels]"
-    )
-  if not jnp.issubdtype(inputs.dtype, jnp.floating):
-    raise ValueError(f"inputs are {inputs.dtype}; they should be float")

@@ -6,33 +6,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.models import DenseNet, count_parameters, create, from_linen
+from kd_jax.models import DenseNet, count_parameters, create
 from kd_jax.models.densenet import DenseBlock, DenseLayer
+from tests.models.networks import (
+  among_others,
+  check_evaluation,
+  compiled,
+  conv,
+  doubles,
+  head,
+  images,
+  norm_relu,
+  random_variables,
+)
 
 
-def conv(x, p):
-  kernel = p["conv"]["kernel"]
-  side = kernel.shape[0]
-  pad = (side // 2, side // 2)
-  x = np.pad(x, [(0, 0), pad, pad, (0, 0)])
-  x = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
-  return np.einsum("bhwcij,ijco->bhwo", x, kernel)
-
-
-def norm_relu(x, p, s=None):
-  """`s` holds running statistics; without any, the batch is normalised."""
-  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-  if s:
-    mean, var = s["norm"]["mean"], s["norm"]["var"]
-  x = (x - mean) / np.sqrt(var + 1e-5)
-  return np.maximum(x * p["norm"]["scale"] + p["norm"]["bias"], 0)
-
-
-def layer(x, p, s):
+def layer(x, p, s, *, batch=False):
   y = x
   for number in "12":
     if f"conv{number}" in p:  # There is no first one without a bottleneck.
-      y = norm_relu(y, p[f"norm{number}"], s.get(f"norm{number}"))
+      name = f"norm{number}"
+      y = norm_relu(y, p[name], s.get(name), batch=batch)
       y = conv(y, p[f"conv{number}"])
   return np.concatenate([x, y], axis=-1)
 
@@ -48,47 +42,14 @@ def network(x, p, s):
     name = f"block{number}"
     for i in range(len(p[name])):
       x = layer(x, p[name][f"layer{i + 1}"], s[name][f"layer{i + 1}"])
-  x = norm_relu(x, p["norm"], s["norm"]).mean((1, 2))
-  return x @ p["head"]["dense"]["kernel"] + p["head"]["dense"]["bias"]
-
-
-def random_variables(module, inputs, *args, **kwargs):
-  """Numbers that make every part of the network count."""
-  rng = np.random.default_rng(1)
-
-  def draw(path, leaf):
-    name, noise = path[-1].key, rng.normal(size=leaf.shape)
-    if name == "kernel":
-      return noise * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-    if name in ("bias", "mean"):
-      return 0.3 * noise
-    return np.exp(0.3 * noise)  # scale, var
-
-  shapes = jax.eval_shape(
-    lambda: module.init(jax.random.key(0), jnp.asarray(inputs), *args, **kwargs)
-  )
-  drawn = jax.tree_util.tree_map_with_path(draw, shapes)
-  return jax.tree.map(np.float32, drawn)
-
-
-def doubles(variables):
-  double = jax.tree.map(np.float64, variables)
-  return double["params"], double["batch_stats"]
-
-
-def images(*shape):
-  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  return head(norm_relu(x, p["norm"], s["norm"]), p["head"])
 
 
 @pytest.fixture(scope="module")
 def small():
   """DenseNet-BC with two layers a block, compiled once."""
   module = DenseNet(5, depth=16, growth=3)
-  x = images(3, 9, 6, 3)
-  variables = random_variables(module, x)
-  model = {"params": variables["params"]}
-  model["state"] = {"batch_stats": variables["batch_stats"]}
-  return jax.jit(from_linen(module).apply), variables, model, x
+  return compiled(module, images(3, 9, 6, 3))
 
 
 def test_with_bottlenecks_it_is_what_numpy_computes(small):
@@ -125,14 +86,7 @@ def test_without_bottlenecks_it_is_what_numpy_computes():
 
 
 def test_evaluation_changes_nothing_and_sees_one_image_at_a_time(small):
-  apply, _, model, x = small
-  outputs, after = apply(model, x)
-  jax.tree.map(np.testing.assert_array_equal, after, model["state"])
-  others = np.concatenate([x[1:2], 5 * x[::-1][:2]])
-  again, _ = apply(model, others)
-  np.testing.assert_allclose(
-    again.logits[0], outputs.logits[1], rtol=1e-5, atol=1e-6
-  )
+  check_evaluation(small)
 
 
 def test_training_normalises_and_records_the_batch():
@@ -143,10 +97,11 @@ def test_training_normalises_and_records_the_batch():
   y, new = jax.jit(
     lambda v, x: module.apply(v, x, True, mutable=["batch_stats"])
   )(variables, x)
-  expected = layer(np.float64(x), params, {})
+  expected = layer(np.float64(x), params, {}, batch=True)
   assert y.shape == (4, 6, 5, 10)
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-  z = conv(norm_relu(np.float64(x), params["norm1"]), params["conv1"])
+  z = norm_relu(np.float64(x), params["norm1"], None, batch=True)
+  z = conv(z, params["conv1"])
   new, old = (s["norm2"]["norm"] for s in (new["batch_stats"], stats))
   for name, value in (("mean", z.mean((0, 1, 2))), ("var", z.var((0, 1, 2)))):
     np.testing.assert_allclose(
@@ -192,10 +147,9 @@ def test_group_norm_trains_without_state_and_one_image_at_a_time():
   assert set(variables) == {"params"}
   variables["state"] = {}
   train = jax.jit(lambda v, x: model.apply(v, x, train=True)[0].logits)
-  others = np.concatenate([x[1:2], 5 * x[::-1][:2]])
   logits = train(variables, x)
   assert np.all(np.isfinite(logits)) and np.std(logits) > 0
-  again = train(variables, others)
+  again = train(variables, among_others(x))
   np.testing.assert_allclose(again[0], logits[1], rtol=1e-4, atol=1e-5)
 
 
@@ -324,14 +278,7 @@ def test_bad_arguments(change, message):
     jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
-@pytest.mark.parametrize(
-  ("inputs", "message"),
-  [
-    (np.zeros((8, 8, 3), np.float32), r"inputs have shape \(8, 8, 3\)"),
-    (np.zeros((1, 8, 8, 3), np.uint8), "inputs are uint8; they should be"),
-    (np.zeros((1, 8, 3, 3), np.float32), "inputs .* should be at least 4"),
-  ],
-)
-def test_bad_images(inputs, message):
-  with pytest.raises(ValueError, match=message):
-    jax.eval_shape(DenseNet(5, 10, 3).init, jax.random.key(0), inputs)
+def test_small_images_are_refused():
+  x = jnp.zeros((1, 8, 3, 3))
+  with pytest.raises(ValueError, match="inputs .* should be at least 4"):
+    jax.eval_shape(DenseNet(5, 10, 3).init, jax.random.key(0), x)

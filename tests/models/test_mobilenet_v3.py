@@ -9,6 +9,15 @@ import pytest
 
 from kd_jax.models import count_parameters, from_linen, mobilenet_v3
 from kd_jax.models.mobilenet_v3 import InvertedResidual, MobileNetV3
+from tests.models.networks import (
+  among_others,
+  check_evaluation,
+  compiled,
+  doubles,
+  images,
+  normalised,
+  random_variables,
+)
 
 # Tables 1 and 2 of arXiv:1905.02244, the "bneck" rows: kernel, expansion,
 # channels, squeeze-and-excite, non-linearity, stride.
@@ -60,21 +69,8 @@ def conv(x, kernel, stride, depthwise=False):
 
 
 def conv_norm(x, p, s, *, stride=1, depthwise=False, batch=False):
-  """`s` holds running statistics; without any, groups of 8 are normalised."""
   x = conv(x, p["conv"]["kernel"], stride, depthwise)
-  if batch:
-    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-  elif s:
-    mean, var = s["norm"]["mean"], s["norm"]["var"]
-  else:
-    groups = x.reshape(*x.shape[:3], -1, 8)
-    mean = groups.mean((1, 2, 4), keepdims=True)
-    var = groups.var((1, 2, 4), keepdims=True)
-    mean, var = (
-      np.broadcast_to(a, groups.shape).reshape(x.shape) for a in (mean, var)
-    )
-  x = (x - mean) / np.sqrt(var + 1e-3)
-  return x * p["norm"]["scale"] + p["norm"]["bias"]
+  return normalised(x, p, s, 1e-3, batch=batch)
 
 
 def dense(x, p):
@@ -116,43 +112,11 @@ def network(x, p, s, variant, small_inputs):
   return dense(hard_swish(dense(x.mean((1, 2)), p["hidden"])), p["logits"])
 
 
-def random_variables(module, inputs, **kwargs):
-  """Numbers that make every part of the network count."""
-  rng = np.random.default_rng(1)
-
-  def draw(path, leaf):
-    name, noise = path[-1].key, rng.normal(size=leaf.shape)
-    if name == "kernel":
-      return noise * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-    if name in ("bias", "mean"):
-      return 0.3 * noise
-    return np.exp(0.3 * noise)  # scale, var
-
-  shapes = jax.eval_shape(
-    lambda: module.init(jax.random.key(0), jnp.asarray(inputs), **kwargs)
-  )
-  drawn = jax.tree_util.tree_map_with_path(draw, shapes)
-  return jax.tree.map(np.float32, drawn)
-
-
-def doubles(variables):
-  double = jax.tree.map(np.float64, variables)
-  return double["params"], double.get("batch_stats", {})
-
-
-def images(*shape):
-  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def small():
   """A narrow network with batch norms, compiled once."""
   module = MobileNetV3(5, "small", WIDTH, hidden_units=16, small_inputs=True)
-  x = images(3, 18, 13, 3)
-  variables = random_variables(module, x)
-  model = {"params": variables["params"]}
-  model["state"] = {"batch_stats": variables["batch_stats"]}
-  return jax.jit(from_linen(module).apply), variables, model, x
+  return compiled(module, images(3, 18, 13, 3))
 
 
 def test_small_with_batch_norm_is_what_numpy_computes(small):
@@ -203,14 +167,7 @@ def test_training_normalises_and_records_the_batch():
 
 
 def test_evaluation_changes_nothing_and_sees_one_image_at_a_time(small):
-  apply, _, model, x = small
-  outputs, after = apply(model, x)
-  jax.tree.map(np.testing.assert_array_equal, after, model["state"])
-  others = np.concatenate([x[1:2], 5 * x[::-1][:2]])
-  again, _ = apply(model, others)
-  np.testing.assert_allclose(
-    again.logits[0], outputs.logits[1], rtol=1e-5, atol=1e-6
-  )
+  check_evaluation(small)
 
 
 def test_group_norm_trains_without_state_and_with_finite_gradients(monkeypatch):
@@ -244,8 +201,7 @@ def test_group_norm_trains_without_state_and_with_finite_gradients(monkeypatch):
   grads = jax.tree.map(np.asarray, grads)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     assert 0 < np.abs(leaf).max() < 10, path
-  others = np.concatenate([x[1:2], 5 * x[::-1][:2]])
-  _, again = gradient(params, others)
+  _, again = gradient(params, among_others(x))
   np.testing.assert_allclose(again[0], logits[1], rtol=1e-4, atol=1e-5)
   assert not np.allclose(logits[1], logits[2])
 
@@ -340,23 +296,10 @@ def test_dropout_is_for_training():
     ({"width_multiplier": np.nan}, "width_multiplier is nan"),
     ({"num_classes": 0}, "num_classes is 0; it should be at least 1"),
     ({"hidden_units": 0}, "hidden_units is 0; it should be at least 1"),
-    ({"dropout": 1.0}, "rate is 1.0"),
+    ({"dropout": 1.0}, r"dropout is 1.0; it should be in \[0, 1\)"),
   ],
 )
 def test_bad_arguments(change, message):
   module = MobileNetV3(**({"num_classes": 5, "variant": "small"} | change))
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-
-
-@pytest.mark.parametrize(
-  ("inputs", "message"),
-  [
-    (np.zeros((8, 8, 3), np.float32), r"inputs have shape \(8, 8, 3\)"),
-    (np.zeros((1, 8, 8, 3), np.uint8), "inputs are uint8; they should be"),
-  ],
-)
-def test_bad_images(inputs, message):
-  module = MobileNetV3(5, "small", WIDTH)
-  with pytest.raises(ValueError, match=message):
-    jax.eval_shape(module.init, jax.random.key(0), inputs)

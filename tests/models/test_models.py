@@ -90,5 +90,5 @@ def test_dropout_is_off_in_evaluation_and_refuses_nonsense():
   np.testing.assert_array_equal(
     models.Dropout(0.5).apply({}, x, train=False), x
   )
-  with pytest.raises(ValueError, match=r"rate is 1\.5"):
+  with pytest.raises(ValueError, match=r"dropout is 1\.5"):
     models.Dropout(1.5).apply({}, x, train=False)

@@ -8,92 +8,44 @@ import numpy as np
 import pytest
 
 from kd_jax.models import WideResNet, count_parameters, create, from_linen
-from kd_jax.models.wide_resnet import Block, Conv, NormReLU
-
-
-def conv(x, kernel, stride=1):
-  """Padded with `side // 2` zeros on all sides, whatever the stride."""
-  side = kernel.shape[0]
-  pad = (side // 2, side // 2)
-  x = np.pad(x, [(0, 0), pad, pad, (0, 0)])
-  x = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
-  x = x[:, ::stride, ::stride]
-  return np.einsum("bhwcij,ijco->bhwo", x, kernel)
-
-
-def norm_relu(x, p, s, *, batch=False):
-  """`s` holds running statistics; without any, groups of 8 are normalised."""
-  if batch:
-    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-  elif s:
-    mean, var = s["norm"]["mean"], s["norm"]["var"]
-  else:
-    groups = x.reshape(*x.shape[:3], -1, 8)
-    mean, var = (
-      np.repeat(f((1, 2, 4), keepdims=True)[..., 0], 8, axis=-1)
-      for f in (groups.mean, groups.var)
-    )
-  x = (x - mean) / np.sqrt(var + 1e-5)
-  return np.maximum(x * p["norm"]["scale"] + p["norm"]["bias"], 0)
+from kd_jax.models.wide_resnet import Block
+from tests.models.networks import (
+  among_others,
+  check_evaluation,
+  compiled,
+  conv,
+  doubles,
+  head,
+  images,
+  norm_relu,
+  random_variables,
+)
 
 
 def block(x, p, s, stride, *, batch=False):
   y = norm_relu(x, p["norm1"], s.get("norm1"), batch=batch)
   if "shortcut" in p:
-    x = conv(y, p["shortcut"]["conv"]["kernel"], stride)
-  y = conv(y, p["conv1"]["conv"]["kernel"], stride)
+    x = conv(y, p["shortcut"], stride)
+  y = conv(y, p["conv1"], stride)
   y = norm_relu(y, p["norm2"], s.get("norm2"), batch=batch)
-  return x + conv(y, p["conv2"]["conv"]["kernel"])
+  return x + conv(y, p["conv2"])
 
 
 def network(x, p, s):
-  x = conv(x, p["stem"]["conv"]["kernel"])
+  x = conv(x, p["stem"])
   for group, stride in (("group1", 1), ("group2", 2), ("group3", 2)):
     for name in sorted(p[group]):
       first = name == "block1"
       statistics = s.get(group, {}).get(name, {})
       x = block(x, p[group][name], statistics, stride if first else 1)
-  x = norm_relu(x, p["norm"], s.get("norm")).mean((1, 2))
-  return x @ p["head"]["dense"]["kernel"] + p["head"]["dense"]["bias"]
-
-
-def random_variables(module, inputs, **kwargs):
-  """Numbers that make every part of the network count."""
-  rng = np.random.default_rng(1)
-
-  def draw(path, leaf):
-    name, noise = path[-1].key, rng.normal(size=leaf.shape)
-    if name == "kernel":
-      return noise * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-    if name in ("bias", "mean"):
-      return 0.3 * noise
-    return np.exp(0.3 * noise)  # scale, var
-
-  shapes = jax.eval_shape(
-    lambda: module.init(jax.random.key(0), jnp.asarray(inputs), **kwargs)
-  )
-  drawn = jax.tree_util.tree_map_with_path(draw, shapes)
-  return jax.tree.map(np.float32, drawn)
-
-
-def doubles(variables):
-  double = jax.tree.map(np.float64, variables)
-  return double["params"], double.get("batch_stats", {})
-
-
-def images(*shape):
-  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  return head(norm_relu(x, p["norm"], s.get("norm")), p["head"])
 
 
 @pytest.fixture(scope="module")
 def narrow():
   """WRN-10-1 with batch norms, compiled once."""
   module = WideResNet(5, depth=10, width=1)
-  x = images(3, 9, 6, 3)
-  variables = random_variables(module, x)
-  model = {"params": variables["params"]}
-  model["state"] = {"batch_stats": variables["batch_stats"]}
-  return jax.jit(from_linen(module).apply), variables, model, x
+  return compiled(module, images(3, 9, 6, 3))
 
 
 def test_with_batch_norm_it_is_what_numpy_computes(narrow):
@@ -106,14 +58,7 @@ def test_with_batch_norm_it_is_what_numpy_computes(narrow):
 
 
 def test_evaluation_changes_nothing_and_sees_one_image_at_a_time(narrow):
-  apply, _, model, x = narrow
-  outputs, after = apply(model, x)
-  jax.tree.map(np.testing.assert_array_equal, after, model["state"])
-  others = np.concatenate([x[1:2], 5 * x[::-1][:2]])
-  again, _ = apply(model, others)
-  np.testing.assert_allclose(
-    again.logits[0], outputs.logits[1], rtol=1e-5, atol=1e-6
-  )
+  check_evaluation(narrow)
 
 
 def test_two_blocks_a_group_are_what_numpy_computes_with_group_norm():
@@ -147,7 +92,7 @@ def test_training_normalises_records_and_drops_between_the_convolutions():
   )(variables, x)
 
   seen = norm_relu(np.float64(x), params["norm1"], None, batch=True)
-  first = conv(seen, params["conv1"]["conv"]["kernel"], 2)
+  first = conv(seen, params["conv1"], 2)
   second = norm_relu(first, params["norm2"], None, batch=True)
   dropped = np.float64(new["intermediates"]["Dropout_0"]["__call__"][0])
   gone = (dropped == 0) & (second > 1e-3)
@@ -155,8 +100,8 @@ def test_training_normalises_records_and_drops_between_the_convolutions():
   np.testing.assert_allclose(
     dropped, np.where(dropped == 0, 0, second / 0.75), rtol=1e-4, atol=1e-5
   )
-  expected = conv(seen, params["shortcut"]["conv"]["kernel"], 2)
-  expected += conv(dropped, params["conv2"]["conv"]["kernel"])
+  expected = conv(seen, params["shortcut"], 2)
+  expected += conv(dropped, params["conv2"])
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
   new, old = (s["norm2"]["norm"] for s in (new["batch_stats"], stats))
@@ -191,30 +136,8 @@ def test_group_norm_trains_without_state_and_one_image_at_a_time():
   grads, logits = gradient(params, x)
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
     assert 0 < np.abs(leaf).max() < 10, path
-  others = np.concatenate([x[1:2], 5 * x[::-1][:2]])
-  _, again = gradient(params, others)
+  _, again = gradient(params, among_others(x))
   np.testing.assert_allclose(again[0], logits[1], rtol=1e-4, atol=1e-5)
-
-
-def test_a_group_has_at_least_eight_channels():
-  for channels, size in ((6, 6), (36, 9), (13, 13)):
-    x = images(2, 3, 4, channels)
-    norm = {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)}
-    variables = {"params": {"norm": norm}}
-    y = NormReLU("group").apply(variables, x, train=False)
-    groups = np.float64(x).reshape(2, 12, -1, size)
-    groups = groups - groups.mean((1, 3), keepdims=True)
-    groups /= np.sqrt((groups**2).mean((1, 3), keepdims=True) + 1e-5)
-    expected = np.maximum(groups, 0).reshape(x.shape)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_kernels_start_with_the_variance_of_the_release():
-  variables = Conv(128).init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))
-  kernel = variables["params"]["conv"]["kernel"]
-  assert kernel.shape == (3, 3, 32, 128)
-  np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / 9 / 128), rtol=0.02)
-  assert np.abs(kernel).max() > 3 * np.std(kernel)  # Not truncated at 2.
 
 
 def counted(depth, width, classes):
@@ -320,15 +243,3 @@ def test_bad_arguments(change, message):
   module = WideResNet(**({"num_classes": 5, "depth": 10, "width": 1} | change))
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-
-
-@pytest.mark.parametrize(
-  ("inputs", "message"),
-  [
-    (np.zeros((8, 8, 3), np.float32), r"inputs have shape \(8, 8, 3\)"),
-    (np.zeros((1, 8, 8, 3), np.uint8), "inputs are uint8; they should be"),
-  ],
-)
-def test_bad_images(inputs, message):
-  with pytest.raises(ValueError, match=message):
-    jax.eval_shape(WideResNet(5, 10, 1).init, jax.random.key(0), inputs)
