@@ -5,13 +5,15 @@ and does not get far: SIGKILL after a random time, SIGKILL at a random file
 operation below its directory, SIGTERM after a random time; in between a byte of
 its newest checkpoint is flipped or the file cut. When it has ended at last, its
 checkpoints, metrics and result are compared with those of a run that was left
-alone, to the bit. Then the next one begins.
+alone, to the bit. Then the next one begins. Ctrl-C ends it with what it has
+counted by then.
 
 Run: python -m benchmarks.soak --kills 1000 --json results/benchmarks/soak.json
 """
 
 import argparse
 import collections
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -161,7 +163,10 @@ def soak(
       faults.append(f"a life of kind {kind}, number {number}, did not end")
     return process.exitcode or 0
 
-  with tempfile.TemporaryDirectory() as folder:
+  with (
+    tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    contextlib.suppress(KeyboardInterrupt),  # what was counted is the result
+  ):
     root = pathlib.Path(folder)
     assert live(root / "alone", "none") == 0, "the run left alone has failed"
     wanted = outcome(root / "alone")
@@ -241,6 +246,8 @@ def main() -> None:
     parser.error("--kills should be at least 1")
   from kd_jax import result_file, results
 
+  # A shell that starts it in the background would have it ignore that.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   begin = time.time()
   show = lambda line: print(line, file=sys.stderr, flush=True)
   counts, faults = soak(options.kills, options.seed, show)
