@@ -159,7 +159,7 @@ def knowledge(config, row, images, seed, name, teacher, variables, path):
 
 def body(config, images, test, checkpoints, path):
   """The teachers, then each way to teach for each seed."""
-  num_classes, pool, part = images[:3]
+  num_classes, pool, part = images.num_classes, images.pool, images.part
   total = len(config.seeds) * len(config.rows)
   total += len(config.teachers) - len(checkpoints)
   study = train.Study(path, test, total, config)

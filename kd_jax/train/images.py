@@ -59,6 +59,11 @@ class Images:
     self._evaluation, self._readers = evaluation, readers
 
   @property
+  def class_names(self) -> tuple[str, ...]:
+    """The name of each class; a label is an index into it."""
+    return self._source.class_names
+
+  @property
   def channels(self) -> int:
     """Of an image."""
     return self._source[0]["image"].shape[-1]

@@ -19,6 +19,7 @@ from kd_jax import report, result_file, results, teachers
 from kd_jax.errors import checking
 from kd_jax.files import write_text
 from kd_jax.train.images import Images
+from kd_jax.train.setup import ImageData
 from kd_jax.train.workdir import open_workdir, read_changes
 
 
@@ -55,6 +56,8 @@ def execute(
   pinned: dict[str, str] = {}
   for name, value in zip(names, inputs, strict=True):
     pinned |= _pins(name, value)
+    if isinstance(value, ImageData):
+      pinned["classes"] = ", ".join(value.pool.class_names)
   if config.get("parallel") == "pmap":  # its random numbers depend on them
     pinned["devices"] = str(config.devices or jax.device_count())
   return record(

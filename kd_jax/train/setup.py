@@ -5,6 +5,8 @@ each names.
 """
 
 from collections.abc import Callable, Mapping
+import pathlib
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import optax
 
 from kd_jax import data, models
 from kd_jax.data import augment
-from kd_jax.errors import check_choice, check_number, naming
+from kd_jax.errors import BadInput, check_choice, check_number, naming
 from kd_jax.train.batches import index_batches
 from kd_jax.train.checkpoints import load_teacher
 from kd_jax.train.checks import check_periods, check_settings
@@ -23,22 +25,26 @@ from kd_jax.train.optimizers import optimizer
 from kd_jax.train.parallel import check_divides
 from kd_jax.train.step import LossFn
 from kd_jax.train.study import use_devices
+from kd_jax.train.workdir import stored_inputs
 
 
 class ImageData(NamedTuple):
   """The images of an experiment.
 
   Attributes:
-    num_classes: how many classes they have.
     pool: all training images.
     part: those that students learn from.
     test: the test images, read by `evaluated`.
   """
 
-  num_classes: int
   pool: Images
   part: Images
   test: Images
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes they have."""
+    return len(self.pool.class_names)
 
 
 def load_images(config: Any) -> ImageData:
@@ -75,9 +81,7 @@ def load_images(config: Any) -> ImageData:
   if pool.arrays is not None:
     side = min(pool.arrays["image"].shape[1:3])
     check_number("view.size", view.size, least=1, most=side)
-  assert source.num_classes is not None, "images of classes"
   return ImageData(
-    source.num_classes,
     pool,
     pool.some(config.transfer) if config.transfer else pool,
     Images(tested, **how),
@@ -206,8 +210,18 @@ def image_teacher(
     {"params", "state"}.
 
   Raises:
-    BadInput: if it cannot be read or is of another architecture.
+    BadInput: if it cannot be read, is of another architecture, or was trained
+      by a run on classes of other names, or in another order.
   """
+  names = images.pool.class_names
+  run = pathlib.Path(path).absolute().parent.parent  # of RUN/seed0/NAME
+  learned = stored_inputs(run).get("classes", ", ".join(names))
+  if learned != ", ".join(names):
+    short = lambda text: textwrap.shorten(text, 60, placeholder=" ...")
+    raise BadInput(
+      f"{path} has learned other classes: {short(learned)}; it should be "
+      f"{short(', '.join(names))}"
+    )
   side = settings.size or config.view.size
   return load_teacher(
     path,

@@ -150,6 +150,12 @@ def read_changes(path: pathlib.Path) -> list[str]:
   return _read(stored) if stored.exists() else []
 
 
+def stored_inputs(path: pathlib.Path) -> dict[str, str]:
+  """What pins the inputs of a run, by name; {} for runs of older versions."""
+  stored = path / "inputs.json"
+  return _read(stored) if stored.exists() else {}
+
+
 def _changes(
   path: pathlib.Path,
   config: Mapping[str, Any],
@@ -159,8 +165,7 @@ def _changes(
   if not (path / "config.json").exists():
     return []
   found = _differences(_read(path / "config.json"), json.loads(_dump(config)))
-  known = path / "inputs.json"
-  old = _read(known) if known.exists() else {}  # older runs had no such file
+  old = stored_inputs(path)
   return found + (_differences(old, dict(inputs or {})) if old else [])
 
 

@@ -1,6 +1,7 @@
 """Generations: who teaches, what is taught, and what a kill leaves alone."""
 
 import hashlib
+import json
 import shutil
 
 import jax
@@ -273,6 +274,25 @@ def test_a_training_that_was_not_finished_is_no_teacher(first, tmp_path):
   config.branch.run, config.branch.rows = str(copy), ("generation_0",)
   with pytest.raises(BadInput, match="is at step 4 of 6000; finish that run"):
     born_again.run(config, tmp_path / "branch")
+
+
+def test_a_teacher_of_other_classes_is_refused(first, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(first[0], copy)
+  stored = json.loads((copy / "inputs.json").read_text())
+  assert stored["classes"] == ", ".join("0123456789")
+  assert " examples, " in stored["images.part"]
+  stored["classes"] = ", ".join(["1", "0", *"23456789"])  # in another order
+  (copy / "inputs.json").write_text(json.dumps(stored))
+  config = tiny()
+  config.branch.run, config.branch.rows = str(copy), ("generation_0",)
+  with pytest.raises(
+    BadInput,
+    match=r"branch.run: .*generation_0 has learned other classes: 1, 0, 2.*"
+    "; it should be 0, 1, 2",
+  ):
+    born_again.run(config, tmp_path / "branch")
+  assert not (tmp_path / "branch").exists()
 
 
 def test_ensembles_of_rows_that_are_left_out_are_left_out(tmp_path):

@@ -1,4 +1,4 @@
-"""Two real processes with two devices each give the numbers of one."""
+"""Two and four real processes with two devices each: the numbers of one."""
 
 import os
 import pathlib
@@ -15,8 +15,8 @@ from kd_jax.train.workdir import read_metrics
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(how, path, *more):
-  """(exit code, output) of each of two processes."""
+def start(how, path, *more, count=2):
+  """(exit code, output) of each of the processes."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -25,11 +25,11 @@ def start(how, path, *more):
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     "PYTHONPATH": str(ROOT),
   }
-  script = ROOT / "tests" / "train" / "two_processes.py"
+  script = ROOT / "tests" / "train" / "one_process.py"
   processes = [
     subprocess.Popen(
       [
-        *(sys.executable, script, coordinator, "2", str(index), how),
+        *(sys.executable, script, coordinator, str(count), str(index), how),
         *(path, *more),
       ],
       env=environment,
@@ -37,7 +37,7 @@ def start(how, path, *more):
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for index in range(2)
+    for index in range(count)
   ]
   try:
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -58,21 +58,21 @@ def test_sigterm_to_one_stops_both_at_one_step(problem, tmp_path):
   check(problem, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["jit", "pmap"])
-def test_two_processes(problem, how, tmp_path):
-  found = start(how, tmp_path)
-  assert [code for code, _ in found] == [0, 0], found
-  check(problem, tmp_path)
+@pytest.mark.parametrize("how,count", [("jit", 2), ("pmap", 2), ("jit", 4)])
+def test_processes(problem, how, count, tmp_path):
+  found = start(how, tmp_path, count=count)
+  assert [code for code, _ in found] == [0] * count, found
+  check(problem, tmp_path, count)
 
 
-def check(problem, tmp_path):
-  """Both ended with the numbers of one, and only one has written."""
+def check(problem, tmp_path, count=2):
+  """All ended with the numbers of one, and only one has written."""
   want = jax.tree.leaves(problem.fit().params)
-  both = [np.load(tmp_path / f"params{index}.npz") for index in range(2)]
-  for found in both:
+  each = [np.load(tmp_path / f"params{index}.npz") for index in range(count)]
+  for found in each:
     for i, leaf in enumerate(want):
       np.testing.assert_allclose(found[f"arr_{i}"], leaf, rtol=1e-5, atol=1e-6)
-      np.testing.assert_array_equal(found[f"arr_{i}"], both[0][f"arr_{i}"])
+      np.testing.assert_array_equal(found[f"arr_{i}"], each[0][f"arr_{i}"])
   rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
   losses = [row["step"] for row in rows if "loss" in row]
   assert losses == list(range(1, 13))  # once each: only one process writes

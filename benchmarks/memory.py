@@ -1,0 +1,137 @@
+"""Whether a long run keeps its memory: resident MiB, thousand by thousand.
+
+A student MLP learns from a live teacher for many steps, with metrics, scores
+and checkpoints on the way. What is told is the resident memory of the process
+at each of ten marks; the first tenth, in which programs are compiled and
+buffers found, is the base.
+
+Run: python -m benchmarks.memory --json results/benchmarks/memory.json
+"""
+
+import argparse
+import datetime
+import pathlib
+import sys
+import tempfile
+import time
+from typing import Any
+
+MARKS = 10
+
+
+def resident() -> float:
+  """The resident memory of this process in MiB (Linux)."""
+  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+    if line.startswith("VmRSS:"):
+      return int(line.split()[1]) / 1024
+  raise RuntimeError("/proc/self/status has no VmRSS")
+
+
+def measure(steps: int, workdir: pathlib.Path) -> dict[int, float]:
+  """Resident MiB by step, at ten marks of a training."""
+  import jax
+
+  from configs.hinton import mnist5k
+  from experiments import hinton
+  from kd_jax import data, train
+
+  config = mnist5k.get_config("demo")
+  row = config.students[config.rows[-1]]
+  arrays = data.to_arrays(data.load("mnist5k", "train"))
+  teacher = hinton.network(config, config.teacher, 10)
+  config.student.steps = steps
+  config.teacher.hidden, config.student.hidden = (300, 300), (100, 100)
+  net = hinton.network(config, config.student, 10, teacher.model)
+  few = jax.numpy.zeros((1, 28, 28, 1))
+  start = net.model.init(jax.random.key(0), few)
+  state = train.init_state(
+    {"model": start["params"]},
+    net.optimizer,
+    jax.random.key(1),
+    model_state={"model": start["state"]},
+  )
+  weights = ("temperature", "soft_weight", "hard_weight")
+  frozen = {
+    "data": arrays,
+    "teacher": teacher.model.init(jax.random.key(2), few),
+    "hparams": {key: row[key] for key in weights},
+    "view_key": train.view_key(0),
+  }
+  found: dict[int, float] = {}
+
+  def evaluate(state: train.TrainState) -> dict[str, float]:
+    found[int(state.step)] = resident()
+    return {"resident MiB": found[int(state.step)]}
+
+  every = f"{max(1, steps // MARKS)} steps"
+  size = config.student.batch_size
+  train.fit(
+    net.runner,
+    state,
+    frozen,
+    train.index_batches(0, size, len(arrays["id"])),
+    num_steps=steps,
+    workdir=workdir,
+    evaluate=evaluate,
+    eval_every=every,
+    save_every=every,
+    log_every="10 steps",
+    steps_per_epoch=len(arrays["id"]) // size,
+  )
+  return found
+
+
+def result(found: dict[int, float], seconds: float) -> dict[str, Any]:
+  """The result file's content, see `kd_jax.result_file`."""
+  from kd_jax import result_file
+
+  first = min(found)
+  rows = [
+    {
+      "name": f"at step {step:,}",
+      "values": [mib],
+      "details": {f"more than at step {first:,}": [mib - found[first]]},
+    }
+    for step, mib in found.items()
+  ]
+  return {
+    "experiment": "benchmarks",
+    "title": "Memory of a long run",
+    "command": f"python -m benchmarks.memory {' '.join(sys.argv[1:])}",
+    "source": "kd_jax",
+    "config": {},
+    "data": {"teacher": "784-300-300-10", "student": "784-100-100-10"},
+    "environment": result_file.environment(),
+    "seeds": [0],
+    "metric": {"name": "resident memory", "unit": "MiB", "better": "lower"},
+    "rows": rows,
+    "comparisons": [],
+    "models": {},
+    "wall_seconds": seconds,
+    "finished": datetime.datetime.now(datetime.UTC).isoformat(
+      timespec="seconds"
+    ),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--steps", type=int, default=10_000)
+  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
+  options = parser.parse_args()
+  if options.steps < 2 * MARKS:
+    parser.error(f"--steps should be at least {2 * MARKS}")
+  from kd_jax import result_file, results
+
+  begin = time.time()
+  with tempfile.TemporaryDirectory() as folder:
+    found = measure(options.steps, pathlib.Path(folder) / "run")
+  table = result(found, time.time() - begin)
+  print(results.table(table))
+  if options.json:
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    result_file.save(options.json, table)
+
+
+if __name__ == "__main__":
+  main()
