@@ -20,7 +20,7 @@ from kd_jax.errors import checking
 from kd_jax.files import write_text
 from kd_jax.train.images import Images
 from kd_jax.train.setup import ImageData
-from kd_jax.train.workdir import open_workdir, read_changes
+from kd_jax.train.workdir import check_workdir, open_workdir, read_changes
 
 
 def execute(
@@ -51,6 +51,8 @@ def execute(
     BadInput: as `record`, and from `load`.
   """
   with checking():
+    if not allow:  # then it is known only with the inputs what has changed
+      check_workdir(workdir, config.to_dict())
     inputs = tuple(load(config))
   names = list(inspect.signature(body).parameters)[1:-1]
   pinned: dict[str, str] = {}

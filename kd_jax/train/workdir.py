@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import socket
-from typing import Any
+from typing import Any, TextIO
 import zlib
 
 import jax
@@ -56,15 +56,7 @@ def open_workdir(
     return
   path.mkdir(parents=True, exist_ok=True)
   with open(path / ".lock", "a+", encoding="utf-8") as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      lock.seek(0)
-      raise BadInput(
-        f"workdir {path} is in use by {lock.read().strip() or 'a process'}; "
-        "wait for it or name another --workdir"
-      ) from None
-    lock.seek(0)
+    _take(lock, path)
     lock.truncate()
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -72,8 +64,9 @@ def open_workdir(
     if changed:
       earlier = read_changes(path)
       write_text(path / "changes.json", _dump(earlier + changed))
-    write_text(path / "config.json", _dump(config))
-    write_text(path / "inputs.json", _dump(inputs or {}))
+    if not (path / "result.json").exists():  # else it is left as it is
+      write_text(path / "config.json", _dump(config))
+      write_text(path / "inputs.json", _dump(inputs or {}))
     yield path
 
 
@@ -96,8 +89,8 @@ def check_workdir(
     The path.
 
   Raises:
-    BadInput: if it cannot hold this run, or what is allowed has not changed or
-      cannot any more.
+    BadInput: if it cannot hold this run, another process writes to it, or what
+      is allowed has not changed or cannot any more.
   """
   if "://" in str(workdir):
     raise BadInput(
@@ -114,6 +107,9 @@ def check_workdir(
       f"workdir {path} cannot be made: {parent} is no directory that this "
       "user may write to"
     )
+  if (path / ".lock").exists() and jax.process_index() == 0:
+    with open(path / ".lock", encoding="utf-8") as lock:
+      _take(lock, path)  # and leave it
   stored = path / "config.json"
   if not stored.exists():
     if path.exists() and any(child.name != ".lock" for child in path.iterdir()):
@@ -142,6 +138,19 @@ def check_workdir(
       "the change, or go on with it by --allow=FIELD"
     )
   return path
+
+
+def _take(lock: TextIO, path: pathlib.Path) -> None:
+  """Locks a file until it is closed, or says which process has it."""
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    lock.seek(0)
+    raise BadInput(
+      f"workdir {path} is in use by {lock.read().strip() or 'a process'}; "
+      "wait for it or name another --workdir"
+    ) from None
+  lock.seek(0)
 
 
 def read_changes(path: pathlib.Path) -> list[str]:

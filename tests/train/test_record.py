@@ -95,14 +95,37 @@ def test_a_run_goes_on_with_the_same_inputs_only(tmp_path):
   assert stored["images.pool"].startswith("4 examples, ")
   with pytest.raises(
     BadInput,
-    match=r"images 4 -> 5; steps 1 -> 3; images.pool 4 examples, \w+ -> 5",
+    match=r"images 4 -> 5; images.pool 4 examples, \w+ -> 5 examples",
   ):
-    run(images=5)
+    run(images=5, allow=["steps"])
   with pytest.raises(BadInput, match=r"teacher 1.0 -> 2.0; teacher \w+ -> \w+"):
     run(teacher=2.0, allow=["steps"])
   found = run(allow=["steps"])
   assert found["notes"] == ["Changed on the way: steps 1 -> 3"]
   assert run()["notes"] == found["notes"]
+
+
+def test_data_are_not_read_for_a_directory_in_use(tmp_path):
+  config = ConfigDict({"seed": 1})
+
+  def load(config):
+    raise AssertionError("read")
+
+  body = lambda config, path: (small_result(), {})
+  with train.open_workdir(tmp_path, {"seed": 1}):
+    with pytest.raises(BadInput, match="is in use by process"):
+      train.execute(load, body, config, tmp_path)
+  with pytest.raises(BadInput, match="seed 1 -> 2"):
+    train.execute(load, body, ConfigDict({"seed": 2}), tmp_path)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+  load, body = lambda config: (), lambda config, path: (small_result(), {})
+  look = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+  train.execute(load, body, ConfigDict({"log_every": 1}), tmp_path)
+  before = look()
+  train.execute(load, body, ConfigDict({"log_every": 2}), tmp_path)
+  assert look() == {**before, tmp_path / ".lock": look()[tmp_path / ".lock"]}
 
 
 def test_random_numbers_of_pmap_belong_to_its_devices(tmp_path):
