@@ -38,7 +38,8 @@ def open_workdir(
   Args:
     workdir: local path; made if missing.
     config: plain nested mapping of the run's settings.
-    inputs: what pins the data and teachers that were read, by name.
+    inputs: what pins the data and teachers that were read, by name; None if
+      they are not known.
     allow: fields of the config, or names of inputs, that may differ from those
       with which the run began.
 
@@ -174,7 +175,7 @@ def _changes(
   if not (path / "config.json").exists():
     return []
   found = _differences(_read(path / "config.json"), json.loads(_dump(config)))
-  old = stored_inputs(path)
+  old = stored_inputs(path) if inputs is not None else {}
   return found + (_differences(old, dict(inputs or {})) if old else [])
 
 
