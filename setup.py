@@ -22,9 +22,11 @@ BASE = [
   "numpy>=2.0.0",
 ]
 TRAIN = [
+  "flatbuffers>=24.3.25",  # For exported programs; jax leaves it out.
   "flax>=0.10.6",
   "optax>=0.2.5",
   "orbax-checkpoint>=0.11.20",
+  "safetensors>=0.5.0",
   "tensorboardX>=2.6.2.2",
   "tqdm>=4.67.0",
 ]

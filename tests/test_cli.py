@@ -148,9 +148,10 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
   teacher = (stages / "teacher" / "checkpoints").rglob("*")
   kept = {path: path.read_bytes() for path in teacher if path.is_file()}
 
-  full = subprocess.run(  # no file of this process can grow beyond some KiB
-    ["sh", "-c", 'ulimit -f 16; exec "$@"', "-", sys.executable, "-m"]
-    + ["experiments.hinton", *args],
+  # No file of this process can grow beyond some KiB.
+  small = ("sh", "-c", 'ulimit -f 16; exec "$@"', "-")
+  full = subprocess.run(
+    [*small, sys.executable, "-m", "experiments.hinton", *args],
     env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"},
     capture_output=True,
     text=True,

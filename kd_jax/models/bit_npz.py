@@ -16,8 +16,9 @@ Reference: Kolesnikov et al. 2020, arXiv:1912.11370; the names are those that
 google-research/big_transfer and big_vision (`models/bit_paper.py`) read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 import contextlib
+import math
 import os
 import re
 from typing import Any
@@ -33,6 +34,12 @@ import numpy as np
 from kd_jax import files
 from kd_jax.errors import BadInput
 from kd_jax.models.bit_resnet import BiTResNet
+from kd_jax.models.weights import (
+  check_names,
+  holds_pickle,
+  refuse_pickle,
+  shown,
+)
 
 # What the last module of a parameter's path is called in a file.
 _MODULES = {
@@ -88,12 +95,19 @@ def load(
         "like has an abstract head; head=False keeps it, so it should be arrays"
       )
   with _opened(path) as archive:
-    names = _names(path, archive.files)
+    names = _names(path, archive.namelist())
     if not head:
       names = {n: m for n, m in names.items() if not n.startswith(_HEAD)}
-    _check_names(path, set(keys), set(names))
+    check_names(
+      f"{path} is of another architecture",
+      keys.keys(),
+      names.keys(),
+      _head_hint(keys.keys() ^ names.keys()),
+    )
+    for entry, key in keys.items():
+      _check(path, entry, archive, names[entry], flat[key])
     loaded = {
-      key: _fit(path, entry, archive[names[entry]], flat[key])
+      key: _read(archive, names[entry], flat[key])
       for entry, key in keys.items()
     }
   return flax.traverse_util.unflatten_dict(flat | loaded)
@@ -152,19 +166,18 @@ def _shape_in_file(entry: str, leaf: Any) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
   """Opens a file; whatever makes it unreadable becomes one line."""
+  refuse_pickle(path, archive=True)
   try:
     with open(path, "rb") as file:
       if not zipfile.is_zipfile(file):
         raise BadInput(f"{path} is not an .npz file, or it has been cut short")
       file.seek(0)
-      with np.load(file, allow_pickle=False) as archive:
+      with zipfile.ZipFile(file) as archive:
         yield archive
   except BadInput:
     raise
-  except FileNotFoundError:
-    raise BadInput(f"{path} does not exist") from None
   except (
     OSError,
     EOFError,
@@ -175,8 +188,6 @@ def _opened(path: Path) -> Iterator[Any]:
     zlib.error,
   ) as error:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    if "pickle" in reason:
-      reason = "it holds pickled objects, which are never loaded"
     raise BadInput(f"{path} cannot be read: {reason}") from error
 
 
@@ -189,51 +200,64 @@ def _names(path: Path, stored: list[str]) -> dict[str, str]:
   for name in stored:
     regular = re.sub(
       r"/standardized_conv2d_\d+/", "/standardized_conv2d/", name
-    )
+    ).removesuffix(".npy")
     if regular in names:
-      raise BadInput(f"{path} has {regular} twice: {names[regular]} and {name}")
+      both = f"{shown(names[regular])} and {shown(name)}"
+      raise BadInput(f"{path} has {shown(regular)} twice: {both}")
+    if name.endswith((".pkl", ".pickle")):
+      raise holds_pickle(path)
     names[regular] = name
   return names
 
 
-def _check_names(path: Path, wanted: set[str], present: set[str]) -> None:
-  faults = []
-  for what, names in (
-    ("no", wanted - present),
-    ("an unknown", present - wanted),
-  ):
-    if names:
-      more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-      faults.append(f"{what} {min(names)}{more}")
-  if faults:
-    raise BadInput(
-      f"{path} is of another architecture: it has {', and '.join(faults)}"
-      + _head_hint(wanted ^ present)
-    )
+def _check(
+  path: Path, entry: str, archive: zipfile.ZipFile, name: str, leaf: Any
+) -> None:
+  """Raises BadInput unless an entry is what it should be.
 
-
-def _fit(path: Path, entry: str, array: Any, leaf: Any) -> np.ndarray:
-  """The array with the shape and dtype of the model's parameter."""
-  array = np.asarray(array)
-  if not np.issubdtype(array.dtype, np.floating):
+  Reads no more of it than its header: unpacked, it may have any size.
+  """
+  info = archive.getinfo(name)
+  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise BadInput(f"{path}: {entry} is compressed as no .npz file is")
+  with archive.open(info) as file:
+    # The only version of numbers, and whose header has no more than 64 KiB.
+    if file.read(8) != np.lib.format.magic(1, 0):
+      raise BadInput(f"{path}: {entry} is not an array")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    header = file.tell()
+  if dtype.hasobject:
+    raise holds_pickle(path)
+  if not np.issubdtype(dtype, np.floating):
     raise BadInput(
-      f"{path}: {entry} has dtype {array.dtype}; it should be floating point"
+      f"{path}: {entry} has dtype {dtype}; it should be floating point"
     )
   expected = _shape_in_file(entry, leaf)
-  if array.shape != expected:
-    if entry.startswith(_HEAD) and array.shape[:-1] == expected[:-1]:
+  if shape != expected:
+    if entry.startswith(_HEAD) and shape[:-1] == expected[:-1]:
       raise BadInput(
-        f"{path} has {array.shape[-1]} classes; it should have {expected[-1]}"
+        f"{path} has {shape[-1]} classes; it should have {expected[-1]}"
         + _head_hint({entry})
       )
     raise BadInput(
-      f"{path} is of another architecture: {entry} has shape {array.shape}; it "
+      f"{path} is of another architecture: {entry} has shape {shape}; it "
       f"should be {expected}" + _head_hint({entry})
     )
+  size = header + math.prod(shape) * dtype.itemsize
+  if info.file_size != size:
+    raise BadInput(
+      f"{path}: {entry} has {info.file_size} bytes; it should have {size}"
+    )
+
+
+def _read(archive: zipfile.ZipFile, name: str, leaf: Any) -> np.ndarray:
+  """An entry with the shape and dtype of the model's parameter."""
+  with archive.open(name) as file:
+    array = np.lib.format.read_array(file, allow_pickle=False)
   return array.reshape(leaf.shape).astype(leaf.dtype)
 
 
-def _head_hint(names: set[str]) -> str:
+def _head_hint(names: Set[str]) -> str:
   if all(name.startswith(_HEAD) for name in names):
     return " (head=False leaves the head out)"
   return ""

@@ -1,12 +1,16 @@
 """Models by name, for configs."""
 
+from collections.abc import Sequence
 import dataclasses
 import os
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
-from kd_jax.models import bit_npz
+from kd_jax.errors import BadInput
+from kd_jax.models import bit_npz, weights
 from kd_jax.models.base import Model, from_linen
 from kd_jax.models.bit_resnet import BiTResNet
 from kd_jax.models.branched import Branched, MultiExit
@@ -55,30 +59,79 @@ def create(name: str, num_classes: int, **fields: Any) -> Model:
   return from_linen(_module(name, num_classes, fields))
 
 
-def load(
-  path: str | os.PathLike[str], name: str, num_classes: int, **fields: Any
+def template(
+  name: str, num_classes: int, shape: Sequence[int], **fields: Any
 ) -> dict[str, Any]:
-  """The variables of a reference model, from a file.
+  """The variables of a reference model without their numbers.
 
   Args:
-    path: the published `.npz` layout of Big Transfer, see `bit_npz`.
-    name: "bit_resnet"; no other model has files yet.
-    num_classes: as for `create`; the file must have as many.
+    name: as for `create`.
+    num_classes: as for `create`.
+    shape: of one input, without the batch.
     **fields: as for `create`.
 
   Returns:
-    {"params", "state"}.
+    {"params", "state"} of `jax.ShapeDtypeStruct`; nothing is computed.
+
+  Raises:
+    ValueError: as `create`, or if the model takes no such inputs.
+
+  Example:
+    >>> template("mlp", 3, (2,), hidden=())["params"]["Dense_0"]["kernel"]
+    ShapeDtypeStruct(shape=(2, 3), dtype=float32)
+  """
+  model = create(name, num_classes, **fields)
+  dtype = jnp.int32 if name == "lstm" else jnp.float32
+  inputs = jax.ShapeDtypeStruct((1, *shape), dtype)
+  return jax.eval_shape(model.init, jax.random.key(0), inputs)
+
+
+def load(
+  path: str | os.PathLike[str],
+  name: str,
+  num_classes: int,
+  *,
+  shape: Sequence[int] = (32, 32, 3),
+  **fields: Any,
+) -> dict[str, Any]:
+  """The variables of a reference model, from a file.
+
+  Files of other programs have to be converted where they were made: to
+  `.safetensors`, under the names of the model here (see `weights`), and to its
+  shapes, as [in, out] for the kernel of a `Dense` and [height, width, in, out]
+  for that of a convolution.
+
+  Args:
+    path: a `.safetensors` file or the `.safetensors.index.json` of several, see
+      `weights`; or, for "bit_resnet", the published `.npz` layout of Big
+      Transfer, see `bit_npz`. Whatever may hold a pickle is refused unread.
+    name: as for `create`.
+    num_classes: as for `create`; the file must have as many.
+    shape: of one input, without the batch; of the parameters of some models
+      it decides the shape.
+    **fields: as for `create`.
+
+  Returns:
+    {"params", "state"}, of NumPy arrays.
 
   Raises:
     BadInput: if the file cannot be read or is of another architecture.
-    ValueError: if the model has no files, or as `create`.
+    ValueError: if the model has no such files, or as `create`.
   """
-  module = _module(name, num_classes, fields)
-  if not isinstance(module, BiTResNet):
+  npz = os.fspath(path).endswith(".npz")
+  if npz and name != "bit_resnet":
     raise ValueError(
-      f"model name is {name!r}; files can be read for bit_resnet only"
+      f"model name is {name!r}; files in .npz can be read for bit_resnet only"
     )
-  return {"params": bit_npz.load(path, module), "state": {}}
+  weights.refuse_pickle(path, archive=npz)
+  if not npz and not os.fspath(path).endswith((weights.SUFFIX, weights.INDEX)):
+    raise BadInput(
+      f"{path} should be called *{weights.SUFFIX}, *{weights.INDEX} or *.npz"
+    )
+  like = template(name, num_classes, shape, **fields)
+  if npz:
+    return {"params": bit_npz.load(path, like), "state": {}}
+  return weights.load(path, like)
 
 
 def _module(name: str, num_classes: int, fields: dict[str, Any]) -> nn.Module:
