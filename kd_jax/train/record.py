@@ -159,7 +159,8 @@ def command() -> str:
     if i and args[i - 1] == "--workdir":
       args[i] = "WORKDIR"
     arg = re.sub(r"^--workdir=.*", "--workdir=WORKDIR", args[i])
-    args[i] = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", arg)
+    arg = re.sub(r"data_dir=[^\s,]+", "data_dir=DATA_DIR", arg)
+    args[i] = re.sub(r"=[~/][^\s,]*/", "=.../", arg)
   # Quoted, so that it can be pasted.
   return f"python -m {spec.name} {shlex.join(args)}"
 
@@ -173,7 +174,12 @@ def _add_time(path: pathlib.Path, seconds: float) -> float:
   return seconds
 
 
-def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The config without the paths of this machine."""
-  names = {"data_dir": "DATA_DIR"} if config.get("data_dir") else {}
-  return {**config, **names}
+def _portable(value: Any, name: str = "") -> Any:
+  """The config without the paths of this machine: only their ends remain."""
+  if isinstance(value, Mapping):
+    return {key: _portable(part, key) for key, part in value.items()}
+  if name == "data_dir" and value:
+    return "DATA_DIR"
+  if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)):
+    return f".../{pathlib.PurePath(value).name}"
+  return value

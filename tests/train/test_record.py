@@ -40,12 +40,18 @@ def test_a_body_runs_once(tmp_path, capsys):
     calls.append(path)
     return small_result(), {}
 
-  config = {"data_dir": "/home/me/data", "seed": 1}
+  paths = {"run": "~/old/run", "rows": ("a", "b"), "data_dir": ""}
+  config = {"data_dir": "/home/me/data", "seed": 1, "branch": paths}
   first = train.record(body, config, tmp_path / "run")
   again = train.record(body, config, tmp_path / "run")
   assert len(calls) == 1
   assert json.dumps(first) == json.dumps(again)
-  assert first["config"] == {"data_dir": "DATA_DIR", "seed": 1}
+  portable = {**paths, "run": ".../run"}
+  assert first["config"] == {
+    "data_dir": "DATA_DIR",
+    "seed": 1,
+    "branch": portable,
+  }
   assert "/home/me" not in (tmp_path / "run" / "result.json").read_text()
   assert first["wall_seconds"] >= 0 and "jax" in first["environment"]
   assert capsys.readouterr().out.count("report.html") == 2
@@ -158,6 +164,10 @@ def test_the_command_is_portable(monkeypatch):
   monkeypatch.setattr(sys, "argv", ["x", *args])
   words = shlex.split(module.command())
   assert words[2:] == ["experiments.x", "--workdir", "WORKDIR", args[2]]
+  monkeypatch.setattr(sys, "argv", ["x", "--config.branch.run=/home/me/old"])
+  assert shlex.split(module.command())[3] == "--config.branch.run=.../old"
+  monkeypatch.setattr(sys, "argv", ["x", "--config.branch.run=runs/old"])
+  assert shlex.split(module.command())[3] == "--config.branch.run=runs/old"
   main.__spec__ = None
   assert module.command() == "(called from Python)"
 
