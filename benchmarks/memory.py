@@ -9,12 +9,13 @@ Run: python -m benchmarks.memory --json results/benchmarks/memory.json
 """
 
 import argparse
-import datetime
 import pathlib
 import sys
 import tempfile
 import time
 from typing import Any
+
+from benchmarks import _common
 
 MARKS = 10
 
@@ -83,8 +84,6 @@ def measure(steps: int, workdir: pathlib.Path) -> dict[int, float]:
 
 def result(found: dict[int, float], seconds: float) -> dict[str, Any]:
   """The result file's content, see `kd_jax.result_file`."""
-  from kd_jax import result_file
-
   first = min(found)
   rows = [
     {
@@ -94,24 +93,14 @@ def result(found: dict[int, float], seconds: float) -> dict[str, Any]:
     }
     for step, mib in found.items()
   ]
-  return {
-    "experiment": "benchmarks",
-    "title": "Memory of a long run",
-    "command": f"python -m benchmarks.memory {' '.join(sys.argv[1:])}",
-    "source": "kd_jax",
-    "config": {},
-    "data": {"teacher": "784-300-300-10", "student": "784-100-100-10"},
-    "environment": result_file.environment(),
-    "seeds": [0],
-    "metric": {"name": "resident memory", "unit": "MiB", "better": "lower"},
-    "rows": rows,
-    "comparisons": [],
-    "models": {},
-    "wall_seconds": seconds,
-    "finished": datetime.datetime.now(datetime.UTC).isoformat(
-      timespec="seconds"
-    ),
-  }
+  return _common.result(
+    title="Memory of a long run",
+    command=f"python -m benchmarks.memory {' '.join(sys.argv[1:])}",
+    data={"teacher": "784-300-300-10", "student": "784-100-100-10"},
+    metric={"name": "resident memory", "unit": "MiB", "better": "lower"},
+    rows=rows,
+    wall_seconds=seconds,
+  )
 
 
 def main() -> None:
@@ -121,16 +110,10 @@ def main() -> None:
   options = parser.parse_args()
   if options.steps < 2 * MARKS:
     parser.error(f"--steps should be at least {2 * MARKS}")
-  from kd_jax import result_file, results
-
   begin = time.time()
   with tempfile.TemporaryDirectory() as folder:
     found = measure(options.steps, pathlib.Path(folder) / "run")
-  table = result(found, time.time() - begin)
-  print(results.table(table))
-  if options.json:
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result_file.save(options.json, table)
+  _common.show(result(found, time.time() - begin), options.json)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ Run: python -m benchmarks.run view_bank --json results/benchmarks/view_bank.json
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import datetime
 import importlib
 import pathlib
 import statistics
 import sys
 import time
 from typing import Any
+
+from benchmarks import _common
 
 NAMES = ("view_bank",)
 NOTE = (
@@ -78,28 +79,23 @@ def result(
   wall_seconds: float,
 ) -> dict[str, Any]:
   """The result file's content, see `kd_jax.result_file`."""
-  from kd_jax import comparison, result_file
+  from kd_jax import comparison
 
   base = medians[bench.base]
   ratios = {
     form: [t / b for t, b in zip(taken, base, strict=True)]
     for form, taken in medians.items()
   }
-  return {
-    "experiment": "benchmarks",
-    "title": bench.title,
-    "command": f"python -m benchmarks.run {name}",
-    "source": bench.source,
-    "config": {"blocks": len(base), "rounds": rounds},
-    "data": dict(bench.data),
-    "environment": result_file.environment(),
-    "seeds": list(range(len(base))),
-    "metric": {
-      "name": "time",
-      "unit": f"in that of: {bench.base}",
-      "better": "lower",
-    },
-    "rows": [
+  metric = {"name": "time", "unit": f"in that of: {bench.base}"}
+  return _common.result(
+    title=bench.title,
+    command=f"python -m benchmarks.run {name}",
+    source=bench.source,
+    config={"blocks": len(base), "rounds": rounds},
+    data=dict(bench.data),
+    seeds=list(range(len(base))),
+    metric={**metric, "better": "lower"},
+    rows=[
       {
         "name": form,
         "values": ratios[form],
@@ -107,17 +103,13 @@ def result(
       }
       for form, taken in medians.items()
     ],
-    "comparisons": [
+    comparisons=[
       comparison.compare(claim, ratios[a], ratios[b], expected, a=a, b=b)
       for claim, a, b, expected in bench.claims
     ],
-    "models": {},
-    "wall_seconds": wall_seconds,
-    "finished": datetime.datetime.now(datetime.UTC).isoformat(
-      timespec="seconds"
-    ),
-    "notes": [NOTE.format(rounds=rounds), *bench.notes],
-  }
+    wall_seconds=wall_seconds,
+    notes=[NOTE.format(rounds=rounds), *bench.notes],
+  )
 
 
 def main() -> None:
@@ -136,17 +128,12 @@ def main() -> None:
   if options.json and len(names) > 1:
     parser.error("--json keeps one result: give one NAME")
 
-  from kd_jax import result_file, results
-
   for name in names:
     begin = time.time()
     bench = importlib.import_module(f"benchmarks.{name}").benchmark()
     medians = take_turns(bench.forms, options.blocks, options.rounds)
     found = result(name, bench, medians, options.rounds, time.time() - begin)
-    print(results.table(found))
-    if options.json:
-      options.json.parent.mkdir(parents=True, exist_ok=True)
-      result_file.save(options.json, found)
+    _common.show(found, options.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Run: python -m benchmarks.soak --kills 1000 --json results/benchmarks/soak.json
 import argparse
 import collections
 import contextlib
-import datetime
 import json
 import multiprocessing
 import os
@@ -27,6 +26,8 @@ import tempfile
 import threading
 import time
 from typing import Any
+
+from benchmarks import _common
 
 KINDS = ("time", "file", "term")
 # Python's audit events of what a run does to its files.
@@ -200,8 +201,6 @@ def result(
   counts: collections.Counter[str], faults: list[str], seconds: float
 ) -> dict[str, Any]:
   """The result file's content, see `kd_jax.result_file`."""
-  from kd_jax import result_file
-
   titles = {
     "runs": "runs that ended",
     "time": "SIGKILL after a random time",
@@ -215,25 +214,15 @@ def result(
   rows.append(
     {"name": "differences from a run left alone", "values": [len(faults)]}
   )
-  return {
-    "experiment": "benchmarks",
-    "title": "Soak: kills, signals and damage",
-    "command": f"python -m benchmarks.soak {' '.join(sys.argv[1:])}",
-    "source": "kd_jax",
-    "config": {},
-    "data": {"experiment": "born_again, two generations on mnist5k"},
-    "environment": result_file.environment(),
-    "seeds": [0],
-    "metric": {"name": "count", "unit": "times", "better": "lower"},
-    "rows": rows,
-    "comparisons": [],
-    "models": {},
-    "wall_seconds": seconds,
-    "finished": datetime.datetime.now(datetime.UTC).isoformat(
-      timespec="seconds"
-    ),
-    "notes": faults[:20],
-  }
+  return _common.result(
+    title="Soak: kills, signals and damage",
+    command=f"python -m benchmarks.soak {' '.join(sys.argv[1:])}",
+    data={"experiment": "born_again, two generations on mnist5k"},
+    metric={"name": "count", "unit": "times", "better": "lower"},
+    rows=rows,
+    wall_seconds=seconds,
+    notes=faults[:20],
+  )
 
 
 def main() -> None:
@@ -244,19 +233,13 @@ def main() -> None:
   options = parser.parse_args()
   if options.kills < 1:
     parser.error("--kills should be at least 1")
-  from kd_jax import result_file, results
-
   # A shell that starts it in the background would have it ignore that.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   begin = time.time()
   show = lambda line: print(line, file=sys.stderr, flush=True)
   counts, faults = soak(options.kills, options.seed, show)
-  found = result(counts, faults, time.time() - begin)
-  print(results.table(found))
+  _common.show(result(counts, faults, time.time() - begin), options.json)
   print(*faults, sep="\n")
-  if options.json:
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result_file.save(options.json, found)
   sys.exit(1 if faults else 0)
 
 
