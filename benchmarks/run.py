@@ -1,6 +1,6 @@
 """Times several forms of one thing in turns, and keeps what was measured.
 
-A benchmark is a module of this folder with a function `benchmark()`, which
+A benchmark is a module of this folder with a function `benchmark`, which
 returns a `Benchmark`. Its forms take turns, round for round, so that a busy
 moment of the machine hits all of them. The rounds are cut into blocks; in each
 the median time of a form is divided by that of the base form, and these ratios
@@ -21,7 +21,13 @@ from typing import Any
 
 from benchmarks import _common
 
-NAMES = ("view_bank",)
+# name -> (module, arguments of its `benchmark`)
+NAMES: dict[str, tuple[str, ...]] = {
+  "view_bank": ("view_bank",),
+  "floor_mlp": ("step_floor", "mlp"),
+  "floor_conv": ("step_floor", "conv"),
+  "floor_vit": ("step_floor", "vit"),
+}
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
   "the ratio of their median times. One round that compiles is left out."
@@ -130,7 +136,8 @@ def main() -> None:
 
   for name in names:
     begin = time.time()
-    bench = importlib.import_module(f"benchmarks.{name}").benchmark()
+    module, *args = NAMES[name]
+    bench = importlib.import_module(f"benchmarks.{module}").benchmark(*args)
     medians = take_turns(bench.forms, options.blocks, options.rounds)
     found = result(name, bench, medians, options.rounds, time.time() - begin)
     _common.show(found, options.json)

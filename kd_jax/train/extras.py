@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kd_jax.errors import check_number
 from kd_jax.train.state import TrainState
-from kd_jax.train.step import Batch, Metrics, keep
+from kd_jax.train.step import Batch, Metrics, change_if
 
 
 class Extra(NamedTuple):
@@ -124,8 +124,8 @@ def with_extra(
   ) -> tuple[TrainState, Metrics]:
     frozen = {**frozen, "extra": state.extra}
     new, metrics = step(state, frozen, batch, axis_name=axis_name)
-    changed = new.replace(extra=update(state.extra, new))
-    return keep(new.step > state.step, changed, new), metrics
+    more = lambda now: now.replace(extra=update(state.extra, now))
+    return change_if(new.step > state.step, more, new), metrics
 
   def bad_leaves(
     state: TrainState,

@@ -190,20 +190,24 @@ def make_step(
     # The squares in the norm overflow where Adam's second moment would.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     frozen_for_good = state.skipped > max_skipped
-    apply = finite & ~frozen_for_good
-    if clip_norm is not None:
-      scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
-      grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    new = state.replace(
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-      model_state=model_state,
-      step=state.step + 1,
-    )
+
+    def moved(state: TrainState) -> TrainState:
+      clipped = grads
+      if clip_norm is not None:
+        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+        clipped = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+      updates, opt_state = optimizer.update(
+        clipped, state.opt_state, state.params
+      )
+      return state.replace(
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        model_state=model_state,
+      )
+
     skipped = state.skipped + (~finite & ~frozen_for_good).astype(jnp.int32)
     alive = skipped <= max_skipped
-    new = keep(apply, new, state).replace(
+    new = change_if(finite & ~frozen_for_good, moved, state).replace(
       step=state.step + alive.astype(jnp.int32), skipped=skipped
     )
     metrics = {**metrics, "grad_norm": norm, "ok": alive.astype(jnp.float32)}
@@ -224,12 +228,15 @@ def make_step(
   return step
 
 
-def keep(good: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-  """The new state where `good`, the old one elsewhere; `key` is the old."""
-  which = lambda a, b: jnp.where(good, a, b)
-  return jax.tree.map(
-    which, new.replace(key=None), old.replace(key=None)
-  ).replace(key=old.key)
+def change_if(
+  good: jax.Array, change: Callable[[TrainState], TrainState], state: TrainState
+) -> TrainState:
+  """`change(state)` if `good`, else the state.
+
+  A condition, where a choice between two states would cost a second copy of
+  all parameters and moments, and on a CPU half of a small step's time.
+  """
+  return lax.cond(good, change, lambda same: same, state)
 
 
 def in_turn(
@@ -271,7 +278,8 @@ def in_turn(
         known = name in together
         together[name] = join(together[name], value) if known else value
     fine = together["ok"] > 0
-    new = keep(fine, now, state).replace(skipped=now.skipped)
+    new = change_if(fine, lambda same: now, state)
+    new = new.replace(skipped=now.skipped)
     return new, together
 
   def bad_leaves(

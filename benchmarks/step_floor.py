@@ -1,0 +1,146 @@
+"""What a distillation step costs over the work that it cannot do without.
+
+That work is the teacher's inference and a supervised step of the student, each
+compiled alone and called one after the other on the same batch. Four forms take
+turns for each pair of networks: the two parts together, each of them alone, and
+the distillation step. All of them are kd_jax's own step; that it is no slower
+than a plain `jit` of the same loss is the form "by hand".
+
+Run: python -m benchmarks.run floor_mlp floor_conv floor_vit
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.run import Benchmark
+from kd_jax import losses, models, train
+from kd_jax.reduce import Term
+
+BATCH, CLASSES, TEMPERATURE, STEPS = 128, 10, 4.0, 5
+
+# name -> (shape of an input, teacher, student), as `models.create` takes them.
+PAIRS: dict[str, tuple[Any, ...]] = {
+  "mlp": (
+    (784,),
+    ("mlp", {"hidden": (1200, 1200)}),
+    ("mlp", {"hidden": (800, 800)}),
+  ),
+  "conv": (
+    (32, 32, 3),
+    ("wide_resnet", {"depth": 22, "width": 1}),
+    ("wide_resnet", {"depth": 10, "width": 1}),
+  ),
+  "vit": (
+    (32, 32, 3),
+    ("vit", {"patch_size": 4, "width": 192, "depth": 6, "heads": 3}),
+    ("vit", {"patch_size": 4, "width": 96, "depth": 6, "heads": 3}),
+  ),
+}
+
+
+def benchmark(pair: str) -> Benchmark:
+  shape, large, small = PAIRS[pair]
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": jnp.asarray(rng.normal(size=(BATCH, *shape)), jnp.float32),
+    "label": jnp.asarray(rng.integers(0, CLASSES, BATCH), jnp.int32),
+  }
+  teacher = models.create(large[0], CLASSES, **large[1])
+  student = models.create(small[0], CLASSES, **small[1])
+  known = teacher.init(jax.random.key(0), batch["image"][:1])
+  start = student.init(jax.random.key(1), batch["image"][:1])
+  optimizer = optax.adam(1e-3)
+
+  def loss_fn(
+    params: Any, model_state: Any, frozen: Any, batch: Any, key: Any
+  ) -> Any:
+    variables = {"params": params["model"], "state": model_state["model"]}
+    out, state = student.apply(variables, batch["image"], train=True, key=key)
+    terms = {"hard": Term(losses.cross_entropy(out.logits, batch["label"]))}
+    if frozen is not None:
+      asked = teacher.apply(frozen, batch["image"])[0].logits
+      asked = jax.lax.stop_gradient(asked)
+      soft = losses.kl(out.logits, asked, temperature=TEMPERATURE)
+      terms["soft"] = Term(soft)
+    return terms, train.Aux(model_state={"model": state})
+
+  def by_hand(state: Any, frozen: Any, batch: Any) -> Any:
+    """The same loss and optimiser, without a guard and without metrics."""
+
+    def total(params: Any) -> Any:
+      key = jax.random.fold_in(state.key, state.step)
+      terms, aux = loss_fn(params, state.model_state, frozen, batch, key)
+      return sum(jnp.mean(t.value) for t in terms.values()), aux.model_state
+
+    grads, model_state = jax.grad(total, has_aux=True)(state.params)
+    moved, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = state.replace(
+      params=optax.apply_updates(state.params, moved),
+      opt_state=opt_state,
+      model_state=model_state,
+      step=state.step + 1,
+    )
+    return new, {}
+
+  step = train.make_step(loss_fn, optimizer)
+  ask = jax.jit(lambda v, x: teacher.apply(v, x)[0].logits)
+
+  def stepping(function: Callable[..., Any], frozen: Any) -> Any:
+    """One more step on each call; waits for nothing."""
+    run = jax.jit(function, donate_argnums=0)
+    state = train.init_state(
+      {"model": start["params"]},
+      optimizer,
+      jax.random.key(2),
+      model_state={"model": start["state"]},
+    )
+    now = {"state": state}
+
+    def work() -> Any:
+      now["state"], _ = run(now["state"], frozen, batch)
+      return now["state"].step
+
+    return work
+
+  def inference() -> Any:
+    return ask(known, batch["image"])
+
+  def form(*parts: Callable[[], Any]) -> Callable[[], Any]:
+    def work() -> None:
+      for _ in range(STEPS):
+        found = [part() for part in parts]
+      jax.block_until_ready(found)
+
+    return work
+
+  floor = "teacher inference, then a supervised step"
+  return Benchmark(
+    title=f"The floor of a distillation step: {pair}",
+    base=floor,
+    forms={
+      floor: form(inference, stepping(step, None)),
+      "teacher inference alone": form(inference),
+      "a supervised step alone": form(stepping(step, None)),
+      "a distillation step": form(stepping(step, known)),
+      "a distillation step by hand": form(stepping(by_hand, known)),
+    },
+    claims=(
+      (
+        "a distillation step costs less than its parts",
+        "a distillation step",
+        floor,
+        "lower",
+      ),
+    ),
+    data={
+      "teacher": f"{large[0]} {large[1]}",
+      "student": f"{small[0]} {small[1]}",
+      "batch size": BATCH,
+      "steps in a round": STEPS,
+    },
+  )
