@@ -21,22 +21,23 @@ from benchmarks.run import Benchmark
 from kd_jax import losses, models, train
 from kd_jax.reduce import Term
 
-BATCH, CLASSES, TEMPERATURE, STEPS = 128, 10, 4.0, 5
+CLASSES, TEMPERATURE = 10, 4.0
 
-# name -> (shape of an input, teacher, student), as `models.create` takes them.
+# name -> (shape of an input, examples in a batch, steps in a round, teacher,
+# student), these as `models.create` takes them.
 PAIRS: dict[str, tuple[Any, ...]] = {
   "mlp": (
-    (784,),
+    *((784,), 128, 5),
     ("mlp", {"hidden": (1200, 1200)}),
     ("mlp", {"hidden": (800, 800)}),
   ),
   "conv": (
-    (32, 32, 3),
+    *((32, 32, 3), 32, 1),
     ("wide_resnet", {"depth": 22, "width": 1}),
     ("wide_resnet", {"depth": 10, "width": 1}),
   ),
   "vit": (
-    (32, 32, 3),
+    *((32, 32, 3), 32, 1),
     ("vit", {"patch_size": 4, "width": 192, "depth": 6, "heads": 3}),
     ("vit", {"patch_size": 4, "width": 96, "depth": 6, "heads": 3}),
   ),
@@ -44,11 +45,11 @@ PAIRS: dict[str, tuple[Any, ...]] = {
 
 
 def benchmark(pair: str) -> Benchmark:
-  shape, large, small = PAIRS[pair]
+  shape, size, steps, large, small = PAIRS[pair]
   rng = np.random.default_rng(0)
   batch = {
-    "image": jnp.asarray(rng.normal(size=(BATCH, *shape)), jnp.float32),
-    "label": jnp.asarray(rng.integers(0, CLASSES, BATCH), jnp.int32),
+    "image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32),
+    "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
   }
   teacher = models.create(large[0], CLASSES, **large[1])
   student = models.create(small[0], CLASSES, **small[1])
@@ -112,7 +113,7 @@ def benchmark(pair: str) -> Benchmark:
 
   def form(*parts: Callable[[], Any]) -> Callable[[], Any]:
     def work() -> None:
-      for _ in range(STEPS):
+      for _ in range(steps):
         found = [part() for part in parts]
       jax.block_until_ready(found)
 
@@ -140,7 +141,7 @@ def benchmark(pair: str) -> Benchmark:
     data={
       "teacher": f"{large[0]} {large[1]}",
       "student": f"{small[0]} {small[1]}",
-      "batch size": BATCH,
-      "steps in a round": STEPS,
+      "batch size": size,
+      "steps in a round": steps,
     },
   )
