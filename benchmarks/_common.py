@@ -1,8 +1,60 @@
-"""What the result files of benchmarks have in common."""
+"""What benchmarks have in common: a small training, the result file."""
 
+from collections.abc import Callable, Sequence
 import datetime
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Training(NamedTuple):
+  """What `train.fit` takes first."""
+
+  runner: Any
+  state: Any
+  frozen: dict[str, Any]
+  batches: Callable[[int], dict[str, Any]]
+
+
+def mlp_pair(
+  teacher: Sequence[int], student: Sequence[int], steps_per_call: int = 1
+) -> Training:
+  """A student MLP and a live teacher on MNIST digits, as in Hinton et al.
+
+  Args:
+    teacher: its hidden layers; it is not trained.
+    student: its hidden layers.
+    steps_per_call: see `train.compile`.
+  """
+  import jax
+
+  from configs.hinton import mnist5k
+  from experiments import hinton
+  from kd_jax import data, train
+
+  config = mnist5k.get_config("demo")
+  config.steps_per_call = steps_per_call
+  config.teacher.hidden, config.student.hidden = tuple(teacher), tuple(student)
+  row = config.students[config.rows[-1]]
+  arrays = data.to_arrays(data.load("mnist5k", "train"))
+  known = hinton.network(config, config.teacher, 10).model
+  net = hinton.network(config, config.student, 10, known)
+  few = jax.numpy.zeros((1, 28, 28, 1))
+  start = net.model.init(jax.random.key(0), few)
+  state = train.init_state(
+    {"model": start["params"]},
+    net.optimizer,
+    jax.random.key(1),
+    model_state={"model": start["state"]},
+  )
+  weights = ("temperature", "soft_weight", "hard_weight")
+  frozen = {
+    "data": arrays,
+    "teacher": known.init(jax.random.key(2), few),
+    "hparams": {key: row[key] for key in weights},
+    "view_key": train.view_key(0),
+  }
+  size, n = config.student.batch_size, len(arrays["id"])
+  return Training(net.runner, state, frozen, train.index_batches(0, size, n))
 
 
 def result(**fields: Any) -> dict[str, Any]:

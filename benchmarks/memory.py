@@ -30,54 +30,27 @@ def resident() -> float:
 
 def measure(steps: int, workdir: pathlib.Path) -> dict[int, float]:
   """Resident MiB by step, at ten marks of a training."""
-  import jax
+  from kd_jax import train
 
-  from configs.hinton import mnist5k
-  from experiments import hinton
-  from kd_jax import data, train
-
-  config = mnist5k.get_config("demo")
-  row = config.students[config.rows[-1]]
-  arrays = data.to_arrays(data.load("mnist5k", "train"))
-  teacher = hinton.network(config, config.teacher, 10)
-  config.student.steps = steps
-  config.teacher.hidden, config.student.hidden = (300, 300), (100, 100)
-  net = hinton.network(config, config.student, 10, teacher.model)
-  few = jax.numpy.zeros((1, 28, 28, 1))
-  start = net.model.init(jax.random.key(0), few)
-  state = train.init_state(
-    {"model": start["params"]},
-    net.optimizer,
-    jax.random.key(1),
-    model_state={"model": start["state"]},
-  )
-  weights = ("temperature", "soft_weight", "hard_weight")
-  frozen = {
-    "data": arrays,
-    "teacher": teacher.model.init(jax.random.key(2), few),
-    "hparams": {key: row[key] for key in weights},
-    "view_key": train.view_key(0),
-  }
+  run = _common.mlp_pair((300, 300), (100, 100))
   found: dict[int, float] = {}
 
-  def evaluate(state: train.TrainState) -> dict[str, float]:
+  def evaluate(state: Any) -> dict[str, float]:
     found[int(state.step)] = resident()
     return {"resident MiB": found[int(state.step)]}
 
   every = f"{max(1, steps // MARKS)} steps"
-  size = config.student.batch_size
   train.fit(
-    net.runner,
-    state,
-    frozen,
-    train.index_batches(0, size, len(arrays["id"])),
+    run.runner,
+    run.state,
+    run.frozen,
+    run.batches,
     num_steps=steps,
     workdir=workdir,
     evaluate=evaluate,
     eval_every=every,
     save_every=every,
     log_every="10 steps",
-    steps_per_epoch=len(arrays["id"]) // size,
   )
   return found
 

@@ -48,7 +48,8 @@ def fit(
 
   Args:
     runner: the compiled step, `train.compile(...)`.
-    state: the state at step 0, as from `train.init_state`.
+    state: the state at step 0, as from `train.init_state`; its arrays may be
+      used up, so copy them to keep them.
     frozen: what the step only reads, not yet replicated.
     batches: `batches(step) -> dict` of NumPy arrays with a leading batch axis:
       the global batch, the same on every process.
