@@ -106,6 +106,8 @@ def damage(workdir: pathlib.Path, draw: random.Random) -> bool:
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   """What must be the same in the end: weights, metrics, scores."""
+  import numpy as np
+
   from kd_jax import teachers
   from kd_jax.train.checkpoints import read_leaves
   from kd_jax.train.workdir import read_metrics
@@ -115,11 +117,11 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     name = str(folder.parent.relative_to(workdir))
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
     stored = read_leaves(folder / str(max(steps)))
-    if isinstance(stored, dict):
-      stored = {
-        "/".join(key): teachers.digest(leaf) for key, leaf in stored.items()
-      }
-    found[name] = [max(steps), stored]
+    found[f"{name} newest checkpoint"] = max(steps)
+    if isinstance(stored, str):
+      stored = {(f"(not read: {stored})",): np.zeros(0)}
+    for key, leaf in stored.items():
+      found[f"{name} {'/'.join(key)}"] = teachers.digest(leaf)
     found[f"{name} metrics"] = read_metrics(folder.parent / "metrics.jsonl")
   result = json.loads((workdir / "result.json").read_text())
   for row in result["rows"]:
@@ -184,7 +186,9 @@ def soak(
         elif code != 0:
           faults.append(f"a life of kind {kind} ended with exit code {code}")
           break
-        if code and workdir.exists() and draw.random() < 0.2:
+        # A finished run reads no checkpoint any more, so it cannot mend one.
+        going_on = code and not (workdir / "result.json").exists()
+        if going_on and workdir.exists() and draw.random() < 0.2:
           counts["damage"] += damage(workdir, draw)
       if code == 0:
         counts["runs"] += 1
