@@ -58,7 +58,6 @@ def load(config):
   )
   train.check_periods(config)
   train.check_settings("", config)
-  check_choice("parallel", config.parallel, ("jit", "pmap"))
   folder = config.data_dir
   units = text.split(text.read(config.text, folder), config.unit)
   if config.test_text:

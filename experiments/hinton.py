@@ -17,7 +17,7 @@ import optax
 
 from kd_jax import cli, data, losses, models, report, teachers, train
 from kd_jax.data import views
-from kd_jax.errors import check_number
+from kd_jax.errors import check_choice, check_number
 from kd_jax.reduce import Term
 
 
@@ -76,12 +76,14 @@ def load(config):
   train.check_comparison(config.rows, config.claims, config.seeds, derived=bias)
   check_number("holdout", config.holdout, least=0, most=n - 1)
   train.check_periods(config)
+  train.check_settings("", config)
   for name in ("teacher", "student"):
     devices = len(train.use_devices(config.devices))
     train.check_settings(name, config[name], devices=devices)
   for name in config.rows:
+    check_choice("rows", name, tuple(config.students))
     s = config.students[name]
-    train.check_settings(f"students.{name}", s)
+    train.check_student(f"students.{name}", s, taught=True)
     for label in s.classes:
       top = source.num_classes - 1
       check_number(f"students.{name}.classes", label, least=0, most=top)

@@ -71,7 +71,10 @@ def main(
     _leave(error)
   logging.set_verbosity(logging.FATAL)  # orbax logs what it raises, and more
   if values["distributed"].value:
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+      _leave(BadInput(f"--distributed found no other hosts: {error}"))
   try:
     allow = values["allow"].value
     run(config, workdir, **({"allow": allow} if allow else {}))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import math
+import re
 from typing import Any
 
 
@@ -47,8 +48,13 @@ def checking() -> Iterator[None]:
     ImportError,
   ) as error:
     message = str(error)
-    if isinstance(error, KeyError):  # str() of a KeyError is its repr
+    if isinstance(error, KeyError | AttributeError):
       message = str(error.args[0]) if error.args else "missing key"
+      field = re.fullmatch(r"""["']+(\w+)["']+""", message)
+      if field:  # all that ml_collections says
+        message = (
+          f"the config has no field {field[1]!r}: is it of this experiment?"
+        )
     raise BadInput(message or type(error).__name__) from error
 
 
@@ -59,6 +65,7 @@ def check_number(
   above: float | None = None,
   least: float | None = None,
   most: float | None = None,
+  below: float | None = None,
 ) -> None:
   """Raises ValueError unless a number is finite and in its range.
 
@@ -68,6 +75,7 @@ def check_number(
     above: it must be larger than this.
     least: it must be at least this.
     most: it must be at most this.
+    below: it must be smaller than this.
   """
   wanted = []
   fine = math.isfinite(value)
@@ -80,6 +88,9 @@ def check_number(
   if most is not None:
     wanted.append(f"at most {most:g}")
     fine = fine and value <= most
+  if below is not None:
+    wanted.append(f"below {below:g}")
+    fine = fine and value < below
   if not fine:
     wanted = ["finite", *wanted] if not math.isfinite(value) else wanted
     raise ValueError(f"{name} is {value}; it should be {' and '.join(wanted)}")

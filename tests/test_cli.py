@@ -59,11 +59,44 @@ def call(capsys, monkeypatch, *args, run=hinton.run):
     ([SMOKE + ",students.hard.learn_bias=true"], "needs holdout above 0"),
     ([SMOKE + ",holdout=3000"], "holdout is 3000"),
     ([SMOKE, "--config.seeds=(1,1)"], "distinct seeds"),
+    (
+      [SMOKE, "--config.claims=(('a','hard','soft_t4','side'),)"],
+      "claims holds",
+    ),
+    (
+      [SMOKE, "--config.claims=('x',)"],
+      "claims holds 'x'; it should be (claim",
+    ),
+    ([SMOKE + ",teacher.paper=nan"], "teacher.paper is nan"),
+    (
+      [SMOKE + ",teacher.max_shift=-1"],
+      "max_shift is -1; it should be at least",
+    ),
+    ([SMOKE, "--config.students.soft_t4.hidden=(0,)"], "hidden is (0,)"),
+    ([SMOKE, "--config.students.soft_t4.hidden=('a',)"], "hidden is ('a',)"),
+    (
+      [SMOKE + ",students.hard.hard_weight=0,students.hard.soft_weight=0"],
+      "students.hard.hard_weight is 0.0",
+    ),
+    ([SMOKE + ",parallel=tpu"], "parallel is 'tpu'; it should be one of"),
+    (
+      [SMOKE, "--config.rows=('hart',)", "--config.claims=()"],
+      "rows is 'hart'; it should be one of",
+    ),
+    (
+      [SMOKE, "--config.save_every=5 fortnights"],
+      "save_every is '5 fortnights'",
+    ),
+    ([SMOKE, "--allow=teacher.steps"], "--allow is for a run that has begun"),
+    (
+      ["--config=configs/born_again/cifar10.py:generations+smoke"],
+      "the config has no field 'holdout': is it of this experiment?",
+    ),
     ([SMOKE + ",teacher.steps=0"], "teacher.steps is 0"),
     ([SMOKE + ",teacher.batch_size=4000"], "batch_size is 4000"),
     ([SMOKE + ",student.batch_size=12"], "the nearest are 8 and 16"),
-    ([SMOKE + ",parallel=threads"], "how is 'threads'"),
-    ([SMOKE + ",log_every=0"], "log_every is 0"),
+    ([SMOKE + ",parallel=threads"], "parallel is 'threads'"),
+    ([SMOKE + ",log_every=0"], "log_every is '0'"),
     ([SMOKE + ",teacher.dropout=1.5"], "teacher.dropout is 1.5"),
   ],
 )
@@ -158,9 +191,9 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
     check=False,
   )
   assert full.returncode == 1
-  last = full.stderr.strip().splitlines()[-1]
-  assert last.startswith(f"error: cannot write to {student}/checkpoints: ")
-  assert "File too large" in last
+  wanted = f"error: cannot write to {student}/checkpoints: "
+  (line,) = [x for x in full.stderr.splitlines() if x.startswith(wanted)]
+  assert "File too large" in line
   assert not (tmp_path / "run" / "result.json").exists()
   assert {path: path.read_bytes() for path in kept} == kept
   assert call(capsys, monkeypatch, *args)[0] == 0

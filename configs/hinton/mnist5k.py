@@ -74,9 +74,9 @@ def get_config(arg="temperature", fraction=0.1, paper=False):
   c.parallel = "jit"  # or "pmap"
   c.devices = 0  # how many to use; 0 is all
   c.steps_per_call = 10
-  c.eval_every = 300
-  c.save_every = 1000
-  c.log_every = 50
+  c.eval_every = "300 steps"
+  c.save_every = "1000 steps"
+  c.log_every = "50 steps"
   c.teacher = ConfigDict(
     {
       "hidden": (1200, 1200),
@@ -112,7 +112,7 @@ def get_config(arg="temperature", fraction=0.1, paper=False):
   if "demo" in studies:
     c.teacher.steps = 1200
     c.student.steps = 600
-    c.eval_every = 150
+    c.eval_every = "150 steps"
   if "smoke" in words:
     smoke(c)
   if not paper:  # its numbers are of the full data set

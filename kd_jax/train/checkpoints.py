@@ -137,7 +137,7 @@ class Checkpoints:
       what = "; ".join(f"{step}: {reason}" for step, reason in skipped)
       raise CheckpointError(
         f"no checkpoint in {self.directory} can be trusted ({what}). Restore "
-        "the directory from a copy, or name a new one to start again"
+        "the directory from a copy, or remove it to start this stage again"
       )
     return None
 

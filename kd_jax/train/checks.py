@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kd_jax.comparison import BETTER
 from kd_jax.errors import check_choice, check_number
 from kd_jax.train.parallel import check_divides
 from kd_jax.train.period import Period
@@ -32,6 +33,12 @@ _RANGES: dict[str, dict[str, float]] = {
   "padding": {"least": 0},
   "size": {"least": 0},
   "readers": {"least": 0},
+  "seed": {"least": 0},
+  "max_shift": {"least": 0},
+  "decay": {"least": 0, "below": 1},
+  "exchange_every": {"least": 1},
+  "paper": {"least": 0},
+  "paper_bias": {"least": 0},
 }
 
 
@@ -51,13 +58,20 @@ def check_comparison(
     derived: further rows that the experiment computes.
 
   Raises:
-    ValueError: if there is no row, one comes twice, a claim speaks of a row
-      that is not there, or the seeds are not distinct or negative.
+    ValueError: if there is no row, one comes twice, a claim is none or speaks
+      of a row that is not there, or the seeds are not distinct or negative.
   """
   if not rows or len(set(rows)) < len(rows):
     raise ValueError(
       f"rows is {tuple(rows)}; it should name at least one, each once"
     )
+  for claim in claims:
+    fine = isinstance(claim, Sequence) and not isinstance(claim, str)
+    if not fine or len(claim) != 4 or claim[3] not in BETTER:
+      raise ValueError(
+        f"claims holds {claim!r}; it should be (claim, row, row, "
+        f"{' or '.join(map(repr, BETTER))})"
+      )
   claimed = {row for claim in claims for row in claim[1:3]}
   missing = claimed - {*rows, *derived}
   if missing:
@@ -160,5 +174,10 @@ def check_settings(
       check_settings(name, value)
     elif field in _RANGES:
       check_number(name, value, **_RANGES[field])
+    elif field == "hidden":
+      if not all(isinstance(n, int) and n > 0 for n in value):
+        raise ValueError(f"{name} is {value}; it should hold positive integers")
+    elif field == "parallel":
+      check_choice(name, value, ("jit", "pmap"))
   if "batch_size" in settings:
     check_divides(settings["batch_size"], devices)

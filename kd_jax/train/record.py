@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from kd_jax import report, result_file, results, teachers
-from kd_jax.errors import checking
+from kd_jax.errors import BadInput, checking
 from kd_jax.files import write_text
 from kd_jax.train.images import Images
 from kd_jax.train.setup import ImageData
@@ -96,14 +96,20 @@ def record(
     The result, see `kd_jax.result_file`.
 
   Raises:
-    BadInput: if the directory belongs to another config or another process.
+    BadInput: if the directory belongs to another config or another process, or
+      its result is damaged.
   """
   start = time.time()
   how: Any = {"inputs": inputs, "allow": allow}
   with open_workdir(workdir, config, **how) as path:
     stored = path / "result.json"
     if stored.exists():
-      result = result_file.load(stored)
+      try:
+        result = result_file.load(stored)
+      except ValueError as error:
+        raise BadInput(
+          f"{stored} is damaged ({error}); remove it to have it made again"
+        ) from None
     else:
       try:
         result, pages = body(path)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kd_jax import data, models
@@ -64,7 +65,6 @@ def load_images(config: Any) -> ImageData:
   """
   check_periods(config)
   check_settings("", config)
-  check_choice("parallel", config.parallel, ("jit", "pmap"))
   use_devices(config.devices)
   view = config.view
   check_choice("view.crop", view.crop, augment.CROPS)
@@ -211,7 +211,8 @@ def image_teacher(
 
   Raises:
     BadInput: if it cannot be read, is of another architecture, or was trained
-      by a run on classes of other names, or in another order.
+      by a run on classes of other names or in another order, or holds numbers
+      that are not finite.
   """
   names = images.pool.class_names
   run = pathlib.Path(path).absolute().parent.parent  # of RUN/seed0/NAME
@@ -223,13 +224,18 @@ def image_teacher(
       f"{short(', '.join(names))}"
     )
   side = settings.size or config.view.size
-  return load_teacher(
+  variables = load_teacher(
     path,
     settings.model,
     images.num_classes,
     (side, side, images.part.channels),
     **settings.fields,
   )
+  for key, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    if not np.isfinite(leaf).all():
+      name = jax.tree_util.keystr(key, simple=True, separator="/")
+      raise BadInput(f"{path} is not finite: {name} holds NaN or inf")
+  return variables
 
 
 def steps_of(epochs: float, batch_size: int, n: int) -> int:

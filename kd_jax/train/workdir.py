@@ -55,7 +55,10 @@ def open_workdir(
   if jax.process_index() != 0:
     yield path
     return
-  path.mkdir(parents=True, exist_ok=True)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise BadInput(f"workdir {path} cannot be made: {error}") from None
   with open(path / ".lock", "a+", encoding="utf-8") as lock:
     _take(lock, path)
     lock.truncate()
@@ -118,6 +121,8 @@ def check_workdir(
         f"workdir {path} holds files but no config.json, so it is no run of "
         "kd_jax; name an empty or new --workdir"
       )
+    if allow:
+      raise BadInput(f"--allow is for a run that has begun; {path} holds none")
     return path
   changes = _changes(path, config, inputs)
   if changes and allow and (path / "result.json").exists():
@@ -128,7 +133,9 @@ def check_workdir(
   below = lambda line, name: re.match(rf"{re.escape(name)}[ .]", line)
   for name in allow:
     if not any(below(line, name) for line in changes):
-      raise BadInput(f"--allow names {name!r}, which is what it was")
+      raise BadInput(
+        f"--allow names {name!r}, which is no field or what it was"
+      )
   changes = [
     line for line in changes if not any(below(line, name) for name in allow)
   ]
@@ -245,8 +252,11 @@ class MetricWriter:
     if not self._on:
       return
     values = {name: float(value) for name, value in scalars.items()}
-    self._file.write(json.dumps({"step": step, **values, **more}) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps({"step": step, **values, **more}) + "\n")
+      self._file.flush()
+    except OSError as error:  # which does not name the file
+      raise OSError(error.errno, error.strerror, self._file.name) from None
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
 
@@ -267,7 +277,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     One dict per line, in order.
 
   Raises:
-    ValueError: if a line other than the last is damaged.
+    BadInput: if a line other than the last is damaged.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -279,7 +289,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       rows.append(json.loads(line))
     except ValueError:
       if number < len(lines):
-        raise ValueError(f"{path}, line {number}: damaged line") from None
+        raise BadInput(
+          f"{path}, line {number} is damaged; remove that line to go on"
+        ) from None
   return rows
 
 

@@ -57,6 +57,17 @@ def test_a_body_runs_once(tmp_path, capsys):
   assert capsys.readouterr().out.count("report.html") == 2
 
 
+def test_a_damaged_result_is_no_traceback(tmp_path):
+  body = lambda path: (small_result(), {})
+  train.record(body, {}, tmp_path / "run")
+  stored = tmp_path / "run" / "result.json"
+  stored.write_text(stored.read_text()[:100])
+  with pytest.raises(BadInput, match=r"result.json is damaged \(.*remove it"):
+    train.record(body, {}, tmp_path / "run")
+  stored.unlink()
+  train.record(body, {}, tmp_path / "run")
+
+
 def test_a_failed_body_leaves_no_result(tmp_path):
   def body(path):
     (path / "stage").mkdir()

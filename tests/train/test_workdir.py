@@ -55,10 +55,24 @@ def test_a_change_that_is_allowed_is_made_and_noted(tmp_path):
   with open_workdir(tmp_path, {**other, "seed": 3}, allow=["seed"]):
     pass
   assert read_changes(tmp_path) == [*wanted, "seed 2 -> 3"]
-  with pytest.raises(BadInput, match="--allow names 'seeds', which is what"):
+  with pytest.raises(
+    BadInput, match="--allow names 'seeds', which is no field or what"
+  ):
     check_workdir(tmp_path, {**other, "seed": 4}, allow=["seed", "seeds"])
-  with pytest.raises(BadInput, match="--allow names 'seed', which is what"):
+  with pytest.raises(
+    BadInput, match="--allow names 'seed', which is no field or what"
+  ):
     check_workdir(tmp_path, {**other, "seed": 3}, allow=["seed"])
+
+
+def test_no_directory_can_be_made(tmp_path, monkeypatch):
+  def refuse(self, **how):
+    raise PermissionError(13, "Permission denied", str(self))
+
+  monkeypatch.setattr(type(tmp_path), "mkdir", refuse)
+  with pytest.raises(BadInput, match="run cannot be made: .*Permission denied"):
+    with open_workdir(tmp_path / "run", CONFIG):
+      raise AssertionError("opened")
 
 
 def test_other_inputs_are_refused(tmp_path):
@@ -130,7 +144,7 @@ def test_metrics_are_unrounded_and_cut_at_the_resumed_step(tmp_path):
   MetricWriter(tmp_path, 2).close()
   assert [row["step"] for row in read_metrics(path)] == [1, 2]
   path.write_text('nonsense\n{"step": 1}\n')
-  with pytest.raises(ValueError, match="line 1: damaged"):
+  with pytest.raises(ValueError, match="line 1 is damaged"):
     read_metrics(path)
   assert read_metrics(tmp_path / "missing") == []
 
