@@ -14,7 +14,7 @@ STUDIES = "temperature+missing3+only78+few_labels"
 
 def tiny(arg="demo+smoke"):
   config = mnist5k.get_config(arg)
-  config.eval_every = 1
+  config.eval_every = "1 steps"
   return config
 
 
@@ -28,7 +28,7 @@ def result(tmp_path_factory):
   config.teacher.hidden = (600, 600)
   for student in config.students.values():
     student.hidden = (400, 400)
-  config.eval_every = 1000
+  config.eval_every = "1000 steps"
   config.rows = ("hard", "soft_t4", "hard_no3", "soft_no3", "soft_only78")
   config.rows += ("hard_few", "soft_few")
   config.claims = ()
