@@ -336,7 +336,7 @@ def test_weights_by_confidence_are_those_of_the_whole_batch(tmp_path):
       r"branch\.run: .* is no run of kd_jax",
     ),
     ({"branch.run": "x"}, r"branch\.run is 'x' and branch\.rows is \(\)"),
-    ({"networks.student.fields.hidden": ("a",)}, "fields make no mlp: "),
+    ({"networks.student.fields.hidden": ("a",)}, r"fields\.hidden is \('a',\)"),
     ({"seeds": ("a",)}, "seeds is .*; it should hold whole numbers"),
     ({"sharpness.images": -1}, r"sharpness\.images is -1"),
   ],

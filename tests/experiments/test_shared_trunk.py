@@ -211,6 +211,10 @@ def test_a_whole_run_with_its_rows(tmp_path):
       "network of two branches",
     ),
     ({"networks.gated.model": "cnn"}, r"networks\.gated\.model is 'cnn'"),
+    (
+      {"networks.gated.fields.trunk": (("a", 4, 4),)},
+      r"networks\.gated: fields make no branched: ",
+    ),
     ({"students.one.hint_weight": -1.0}, "hint_weight is -1"),
     ({"students.one.ramp": -1.0}, "ramp is -1"),
   ],
