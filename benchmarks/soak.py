@@ -2,8 +2,8 @@
 
 A small born-again experiment is started again and again with the same command
 and does not get far: SIGKILL after a random time, SIGKILL at a random file
-operation below its directory, SIGTERM after a random time; in between a byte of
-its newest checkpoint is flipped or the file cut. When it has ended at last, its
+operation below its directory, SIGTERM after a random time, a file system that
+is full; in between a bit of its newest checkpoint is flipped or the file cut. When it has ended at last, its
 checkpoints, metrics and result are compared with those of a run that was left
 alone, to the bit. Then the next one begins. Ctrl-C ends it with what it has
 counted by then.
@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -27,9 +28,12 @@ import threading
 import time
 from typing import Any
 
+from absl import logging
+
 from benchmarks import _common
 
-KINDS = ("time", "file", "term")
+KINDS = ("time", "file", "term", "full")
+FULL = 27  # what a life says that met a full file system
 # Python's audit events of what a run does to its files.
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 PRELOAD = ["experiments.born_again", "configs.born_again.cifar10"]
@@ -56,14 +60,15 @@ def life(workdir: str, kind: str, seed: int) -> None:
   me = os.getpid()
   null = open(os.devnull, "w")  # noqa: SIM115
   sys.stdout = sys.stderr = null
+  logging.set_verbosity(logging.FATAL)  # as the command does
   if kind in ("time", "term"):
     number = signal.SIGKILL if kind == "time" else signal.SIGTERM
-    after = draw.uniform(0.0, 4.0)
+    after = draw.uniform(0.0, 2.5)
     timer = threading.Timer(after, os.kill, (me, number))
     timer.daemon = True
     timer.start()
   if kind == "file":
-    left = [draw.randrange(1, 400)]
+    left = [draw.randrange(1, 250)]
 
     def count(event: str, args: tuple[Any, ...]) -> None:
       if event in EVENTS and args and str(args[0]).startswith(workdir):
@@ -72,9 +77,19 @@ def life(workdir: str, kind: str, seed: int) -> None:
           os.kill(me, signal.SIGKILL)
 
     sys.addaudithook(count)
+  if kind == "full":  # no file can grow beyond this: the system's own EFBIG
+    most = int(10 ** draw.uniform(2.0, 4.3))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
   from experiments import born_again
+  from kd_jax import errors
 
-  born_again.run(config(), workdir)
+  try:
+    born_again.run(config(), workdir)
+  except (OSError, errors.CheckpointError):
+    if kind != "full":
+      raise
+    sys.exit(FULL)
 
 
 def damage(workdir: pathlib.Path, draw: random.Random) -> bool:
@@ -171,6 +186,9 @@ def soak(
     contextlib.suppress(KeyboardInterrupt),  # what was counted is the result
   ):
     root = pathlib.Path(folder)
+    # Else a life is over before it has compiled anything.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     assert live(root / "alone", "none") == 0, "the run left alone has failed"
     wanted = outcome(root / "alone")
     while sum(counts[kind] for kind in KINDS) < kills:
@@ -181,7 +199,7 @@ def soak(
         if sum(counts[k] for k in KINDS) >= kills:
           kind = "none"  # let it end
         code = live(workdir, kind)
-        if code in (-signal.SIGKILL, -signal.SIGTERM, 143):
+        if code in (-signal.SIGKILL, -signal.SIGTERM, 143, FULL):
           counts[kind] += 1
         elif code != 0:
           faults.append(f"a life of kind {kind} ended with exit code {code}")
@@ -210,6 +228,7 @@ def result(
     "time": "SIGKILL after a random time",
     "file": "SIGKILL at a random file operation",
     "term": "SIGTERM after a random time",
+    "full": "a full file system",
     "damage": "newest checkpoint damaged",
   }
   rows = [

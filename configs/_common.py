@@ -74,6 +74,7 @@ def base(dataset, train_split="train", test_split="test", **view):
   c.dataset = dataset
   c.train_split = train_split
   c.test_split = test_split
+  c.compilation_cache = "~/.cache/kd_jax/programs"  # "" keeps none
   c.data_dir = ""
   c.transfer = 0  # training images that the students get; 0 is all
   c.seeds = (0,)

@@ -32,6 +32,7 @@ def base(text, unit, window):
   """A config without networks and rows."""
   c = ConfigDict()
   c.study = text
+  c.compilation_cache = "~/.cache/kd_jax/programs"  # "" keeps none
   c.data_dir = ""  # where the files are
   c.text = text  # a UTF-8 file, perhaps .gz, or "pydoc"
   c.test_text = ""  # a file; '' is the last tenth of `text`

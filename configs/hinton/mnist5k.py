@@ -67,6 +67,7 @@ def get_config(arg="temperature", fraction=0.1, paper=False):
   c.dataset = "mnist5k"
   c.train_split = "train"
   c.test_split = "test"
+  c.compilation_cache = "~/.cache/kd_jax/programs"  # "" keeps none
   c.data_dir = ""
   c.holdout = 0  # last training examples, set aside to learn the bias on
   c.seeds = (0, 1, 2)

@@ -33,6 +33,10 @@ def execute(
 ) -> dict[str, Any]:
   """What every experiment does: reads, checks, trains, records.
 
+  Compiled programs are kept in the folder `config.compilation_cache` and
+  found there by the next run, unless JAX has been told of one already; ""
+  keeps none.
+
   Args:
     load: `load(config) -> inputs`: checks the config and reads what it names,
       before anything is compiled or written. It may raise what `checking`
@@ -50,6 +54,7 @@ def execute(
   Raises:
     BadInput: as `record`, and from `load`.
   """
+  _keep_programs(config.get("compilation_cache", ""))
   with checking():
     if not allow:  # then it is known only with the inputs what has changed
       check_workdir(workdir, config.to_dict())
@@ -136,6 +141,20 @@ def record(
       print(results.table(result))
       print(f"report: {path / 'report.html'}")
     return result
+
+
+def _keep_programs(folder: str) -> None:
+  """Has JAX keep what it compiles, and says where."""
+  if not folder or jax.config.jax_compilation_cache_dir:
+    return
+  path = pathlib.Path(folder).expanduser().absolute()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:  # a home that is read-only should stop nobody
+    line = f"compiled programs are not kept, see compilation_cache: {error}"
+    print(line, file=sys.stderr)
+  else:
+    jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def _pins(name: str, value: Any) -> dict[str, str]:

@@ -19,7 +19,10 @@ from kd_jax.errors import BadInput
 from kd_jax.files import write_text
 
 # What may differ when a run is taken up again: none of it changes the numbers.
-SAFE_FIELDS = ("log_every", "save_every", "eval_every", "progress", "data_dir")
+SAFE_FIELDS = (
+  *("log_every", "save_every", "eval_every", "progress"),
+  *("data_dir", "compilation_cache"),
+)
 
 
 @contextlib.contextmanager
