@@ -3,10 +3,10 @@
 A small born-again experiment is started again and again with the same command
 and does not get far: SIGKILL after a random time, SIGKILL at a random file
 operation below its directory, SIGTERM after a random time, a file system that
-is full; in between a bit of its newest checkpoint is flipped or the file cut. When it has ended at last, its
-checkpoints, metrics and result are compared with those of a run that was left
-alone, to the bit. Then the next one begins. Ctrl-C ends it with what it has
-counted by then.
+is full; in between a bit of its newest checkpoint is flipped or the file cut.
+When it has ended at last, its checkpoints, metrics and result are compared with
+those of a run that was left alone, to the bit. Then the next one begins. Ctrl-C
+ends it with what it has counted by then.
 
 Run: python -m benchmarks.soak --kills 1000 --json results/benchmarks/soak.json
 """
