@@ -68,6 +68,7 @@ def network(config, settings, num_classes, teacher=None):
 
 def load(config):
   """Reads and checks everything before anything is compiled or written."""
+  train.check_splits(config)
   source = data.load(config.dataset, config.train_split, config.data_dir)
   test = data.load(config.dataset, config.test_split, config.data_dir)
   arrays = data.to_arrays(source)
@@ -80,10 +81,15 @@ def load(config):
   for name in ("teacher", "student"):
     devices = len(train.use_devices(config.devices))
     train.check_settings(name, config[name], devices=devices)
+    side = min(arrays["image"].shape[1:3])
+    shift = config[name].max_shift
+    check_number(f"{name}.max_shift", shift, least=0, most=side - 1)
   for name in config.rows:
     check_choice("rows", name, tuple(config.students))
     s = config.students[name]
     train.check_student(f"students.{name}", s, taught=True)
+    if len(set(s.classes)) < len(s.classes):
+      raise ValueError(f"students.{name}.classes names one twice")
     for label in s.classes:
       top = source.num_classes - 1
       check_number(f"students.{name}.classes", label, least=0, most=top)

@@ -134,8 +134,8 @@ def _expand(argv: list[str]) -> list[str]:
   for arg in argv[1:]:
     match = re.fullmatch(r"--?config=([^:,]*)(?:[:,](.*))?", arg)
     if not match:
-      if arg in ("--config", "-config"):
-        raise BadInput("write --config=FILE, with an equals sign")
+      if arg in ("--config", "--allow"):  # it would swallow what comes next
+        raise BadInput(f"write {arg}=VALUE, with an equals sign")
       out.append(arg)
       continue
     file, spec = match.groups()
@@ -144,6 +144,8 @@ def _expand(argv: list[str]) -> list[str]:
       close = difflib.get_close_matches(file, there, n=1, cutoff=0.3)
       hint = f"; did you mean {close[0]}?" if close else ""
       raise BadInput(f"--config: there is no file {file}{hint}")
+    if not file.endswith(".py"):
+      raise BadInput(f"--config is {file}; it should be a file in configs/")
     parts = re.split(r",(?![^(]*\))", spec or "")  # not within (1,2)
     name = "" if "=" in parts[0] else parts.pop(0)
     config.append(f"--config={file}" + (f":{name}" if name else ""))

@@ -15,6 +15,7 @@ from kd_jax.train.checks import (
   check_ensembles as check_ensembles,
   check_periods as check_periods,
   check_settings as check_settings,
+  check_splits as check_splits,
   check_student as check_student,
 )
 from kd_jax.train.classifier import (

@@ -142,6 +142,15 @@ def check_ensembles(
   }
 
 
+def check_splits(config: Mapping[str, Any]) -> None:
+  """Raises ValueError if test errors would be those of training."""
+  if config["test_split"] == config["train_split"]:
+    raise ValueError(
+      f"test_split is {config['test_split']!r}; it should be another one than "
+      "train_split"
+    )
+
+
 def check_periods(config: Mapping[str, Any]) -> None:
   """Raises ValueError unless `eval_every`, ... of a config are periods."""
   for name in PERIODS:

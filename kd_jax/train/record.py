@@ -1,6 +1,7 @@
 """From a config and a directory to a result on disk, once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import datetime
 import inspect
 import json
@@ -104,7 +105,6 @@ def record(
     BadInput: if the directory belongs to another config or another process, or
       its result is damaged.
   """
-  start = time.time()
   how: Any = {"inputs": inputs, "allow": allow}
   with open_workdir(workdir, config, **how) as path:
     stored = path / "result.json"
@@ -116,15 +116,13 @@ def record(
           f"{stored} is damaged ({error}); remove it to have it made again"
         ) from None
     else:
-      try:
+      with _timed(path) as seconds:
         result, pages = body(path)
-      finally:
-        seconds = _add_time(path / "seconds.json", time.time() - start)
       result = {
         "command": command(),
         "config": _portable(config),
         "environment": result_file.environment(),
-        "wall_seconds": seconds,
+        "wall_seconds": seconds(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(
           timespec="seconds"
         ),
@@ -190,13 +188,34 @@ def command() -> str:
   return f"python -m {spec.name} {shlex.join(args)}"
 
 
-def _add_time(path: pathlib.Path, seconds: float) -> float:
-  """Adds up the time of a run that was interrupted and taken up again."""
-  if path.exists():
-    seconds += json.loads(path.read_text(encoding="utf-8"))
+@contextlib.contextmanager
+def _timed(path: pathlib.Path) -> Iterator[Callable[[], float]]:
+  """Adds up the time of a run that was interrupted and taken up again.
+
+  Args:
+    path: the run's directory.
+
+  Yields:
+    A function that says how many seconds it has taken so far. A session that
+    was killed counts up to the last file that it wrote in a stage.
+  """
+  total, session = path / "seconds.json", path / "session.json"
+  read = lambda file: json.loads(file.read_text()) if file.exists() else 0.0
+  earlier = read(total)
+  if session.exists():  # it had no time to end
+    last = [f.stat().st_mtime for f in path.glob("*/**/*") if f.is_file()]
+    earlier += max(0.0, max(last, default=0.0) - read(session))
+  start = time.time()
+  seconds = lambda: earlier + time.time() - start
   if jax.process_index() == 0:
-    write_text(path, json.dumps(seconds))
-  return seconds
+    write_text(total, json.dumps(earlier))
+    write_text(session, json.dumps(start))
+  try:
+    yield seconds
+  finally:
+    if jax.process_index() == 0:
+      write_text(total, json.dumps(seconds()))
+      session.unlink()
 
 
 def _portable(value: Any, name: str = "") -> Any:

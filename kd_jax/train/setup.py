@@ -19,7 +19,7 @@ from kd_jax.data import augment
 from kd_jax.errors import BadInput, check_choice, check_number, naming
 from kd_jax.train.batches import index_batches
 from kd_jax.train.checkpoints import load_teacher
-from kd_jax.train.checks import check_periods, check_settings
+from kd_jax.train.checks import check_periods, check_settings, check_splits
 from kd_jax.train.classifier import Classifier
 from kd_jax.train.images import Images
 from kd_jax.train.optimizers import optimizer
@@ -64,6 +64,7 @@ def load_images(config: Any) -> ImageData:
     ValueError: naming the field that is wrong.
   """
   check_periods(config)
+  check_splits(config)
   check_settings("", config)
   use_devices(config.devices)
   view = config.view

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import compression
-from kd_jax.files import write_text
+from kd_jax import compression, teachers
+from kd_jax.files import write, write_text
 from kd_jax.scoreboard import Scoreboard
 from kd_jax.train.checks import PERIODS
 from kd_jax.train.classifier import Classifier, Variables
@@ -90,15 +90,25 @@ class Study:
       **self._periods,
       **batches,
     )
-    return variables, self.test(net, variables, kind=kind)
+    said = self.test(net, variables, kind=kind, kept=workdir / "logits.npz")
+    return variables, said
 
-  def test(self, net: Classifier, variables: Variables, *, kind: str) -> Any:
+  def test(
+    self,
+    net: Classifier,
+    variables: Variables,
+    *,
+    kind: str,
+    kept: pathlib.Path | None = None,
+  ) -> Any:
     """A network's logits for the test set; the first of a kind is timed.
 
     Args:
       net: the network.
       variables: its.
       kind: its title in the table of costs.
+      kept: a file that keeps them for a run that is taken up again; another
+        one's variables, or a damaged file, are asked anew.
 
     Returns:
       [n, classes]; with heads, what `Classifier.predict_heads` returns.
@@ -106,9 +116,16 @@ class Study:
     images = self._test["image"]
     if kind not in self.costs:
       self.costs[kind] = compression.cost(net.logits, variables, images[:100])
-    if net.heads:
-      return net.predict_heads(variables, images)
-    return net.predict(variables, images)
+    pin = teachers.digest(variables)
+    logits = _read_logits(kept, pin) if kept else None
+    if logits is None:
+      ask = net.predict_heads if net.heads else net.predict
+      found = ask(variables, images)
+      logits = found if net.heads else (found,)
+      if kept and jax.process_index() == 0:
+        named = {f"part{i}": part for i, part in enumerate(logits)}
+        write(kept, lambda file: np.savez(file, pin=pin, **named))
+    return logits if net.heads else logits[0]
 
   def once(
     self, name: str, measure: Callable[[], Mapping[str, float]]
@@ -136,6 +153,17 @@ class Study:
   ) -> dict[str, Any]:
     """The result file's fields, see `Scoreboard.result`."""
     return self.board.result(claims, models=self.costs, **fields)
+
+
+def _read_logits(path: pathlib.Path, pin: str) -> tuple[np.ndarray, ...] | None:
+  """What was kept for the variables with this digest, if it is whole."""
+  try:
+    with open(path, "rb") as file, np.load(file) as stored:
+      if str(stored["pin"]) != pin:
+        return None
+      return tuple(stored[name] for name in stored if name != "pin")
+  except Exception:  # missing, or damaged: then numpy raises anything
+    return None
 
 
 def use_devices(count: int) -> list[jax.Device]:

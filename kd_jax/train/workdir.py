@@ -25,6 +25,13 @@ SAFE_FIELDS = (
 )
 
 
+# What there may be before the first checkpoint.
+_STARTING = (
+  *(".lock", "config.json", "inputs.json", "changes.json", "seconds.json"),
+  *("session.json", "stage.json", "metrics.jsonl"),
+)
+
+
 @contextlib.contextmanager
 def open_workdir(
   workdir: str | os.PathLike[str],
@@ -118,14 +125,18 @@ def check_workdir(
     with open(path / ".lock", encoding="utf-8") as lock:
       _take(lock, path)  # and leave it
   stored = path / "config.json"
-  if not stored.exists():
-    if path.exists() and any(child.name != ".lock" for child in path.iterdir()):
-      raise BadInput(
-        f"workdir {path} holds files but no config.json, so it is no run of "
-        "kd_jax; name an empty or new --workdir"
-      )
+  files = path.iterdir() if path.exists() else ()
+  if not stored.exists() and any(file.name != ".lock" for file in files):
+    raise BadInput(
+      f"workdir {path} holds files but no config.json, so it is no run of "
+      "kd_jax; name an empty or new --workdir"
+    )
+  if not _has_begun(path):
     if allow:
-      raise BadInput(f"--allow is for a run that has begun; {path} holds none")
+      raise BadInput(
+        f"--allow is for a run that has begun, and the one in {path} has saved "
+        "nothing yet; leave it out"
+      )
     return path
   changes = _changes(path, config, inputs)
   if changes and allow and (path / "result.json").exists():
@@ -182,7 +193,7 @@ def _changes(
   inputs: Mapping[str, str] | None,
 ) -> list[str]:
   """How this config and these inputs differ from those that were stored."""
-  if not (path / "config.json").exists():
+  if not _has_begun(path):
     return []
   found = _differences(_read(path / "config.json"), json.loads(_dump(config)))
   old = stored_inputs(path) if inputs is not None else {}
@@ -228,6 +239,18 @@ def check_branch(
     raise BadInput(
       f"{run} had other settings: {'; '.join(changes)} (there -> here)"
     )
+
+
+def _has_begun(path: pathlib.Path) -> bool:
+  """Whether there is more than a run writes before its first checkpoint.
+
+  Settings of a run that has stopped before it may be corrected.
+  """
+  return any(
+    child.name not in _STARTING and child.parent.name != "tensorboard"
+    for child in path.rglob("*")
+    if child.is_file()
+  )
 
 
 class MetricWriter:

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import shlex
+import subprocess
 import sys
+import time
 import types
 from typing import NamedTuple
 
@@ -81,6 +84,56 @@ def test_a_failed_body_leaves_no_result(tmp_path):
   assert found["wall_seconds"] > before > 0  # of both times together
 
 
+def test_a_killed_session_counts_up_to_its_last_file(tmp_path):
+  path = tmp_path / "run"
+  (path / "seed0").mkdir(parents=True)
+  (path / "seconds.json").write_text("100.0")
+  (path / "session.json").write_text(json.dumps(time.time() - 50.0))
+  (path / "config.json").write_text("{}")
+  (path / "seed0" / "metrics.jsonl").write_text("")
+  at = time.time() - 30.0
+  os.utime(path / "seed0" / "metrics.jsonl", (at, at))
+  found = train.record(lambda path: (small_result(), {}), {}, path)
+  assert 119.0 < found["wall_seconds"] < 130.0
+  assert not (path / "session.json").exists()
+
+
+def test_compiled_programs_are_kept(tmp_path):
+  """In a process that has compiled nothing, as a command is."""
+  code = """
+import sys
+from ml_collections import ConfigDict
+import jax, jax.numpy as jnp
+from kd_jax import train
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def body(config, path):
+  jax.jit(lambda x: x * 3)(jnp.ones(3))
+  raise KeyboardInterrupt
+try:
+  config = ConfigDict({"compilation_cache": sys.argv[1]})
+  train.execute(lambda config: (), body, config, sys.argv[2])
+except KeyboardInterrupt:
+  print(jax.config.jax_compilation_cache_dir)
+"""
+
+  def run(folder, **more):
+    env = {k: v for k, v in os.environ.items() if "CACHE" not in k}
+    args = [sys.executable, "-c", code, str(folder), str(tmp_path / "run")]
+    return subprocess.run(
+      args, capture_output=True, text=True, check=True, env={**env, **more}
+    )
+
+  assert run(tmp_path / "kept").stdout == f"{tmp_path / 'kept'}\n"
+  assert list((tmp_path / "kept").glob("*-cache"))
+  there = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "theirs")}
+  assert run(tmp_path / "kept", **there).stdout == f"{tmp_path / 'theirs'}\n"
+  assert run("").stdout == "None\n"
+  (tmp_path / "file").write_text("")
+  told = run(tmp_path / "file" / "kept")
+  assert told.stdout == "None\n"
+  assert "compiled programs are not kept" in told.stderr
+
+
 def test_a_run_goes_on_with_the_same_inputs_only(tmp_path):
   class Half(NamedTuple):
     pool: object
@@ -93,6 +146,7 @@ def test_a_run_goes_on_with_the_same_inputs_only(tmp_path):
     return Half(rows, len), {"w": jnp.full(3, config.teacher)}, "a word"
 
   def body(config, images, teacher, word, path):
+    (path / "saved").write_text("something")
     if config.steps < 3:
       raise KeyboardInterrupt  # pre-empted
     return small_result(), {}
@@ -130,6 +184,7 @@ def test_data_are_not_read_for_a_directory_in_use(tmp_path):
 
   body = lambda config, path: (small_result(), {})
   with train.open_workdir(tmp_path, {"seed": 1}):
+    (tmp_path / "saved").write_text("something")
     with pytest.raises(BadInput, match="is in use by process"):
       train.execute(load, body, config, tmp_path)
   with pytest.raises(BadInput, match="seed 1 -> 2"):

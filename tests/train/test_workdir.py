@@ -20,6 +20,13 @@ from kd_jax.train.workdir import (
 CONFIG = {"seed": 1, "model": {"hidden": (8, 8)}, "log_every": 5}
 
 
+def begin(path):
+  """What a run leaves with its first checkpoint."""
+  file = path / "seed0" / "teacher" / "checkpoints" / "4" / "state" / "x"
+  file.parent.mkdir(parents=True)
+  file.write_bytes(b"x")
+
+
 def test_the_same_config_comes_back_and_log_intervals_may_change(tmp_path):
   with open_workdir(tmp_path / "run", CONFIG) as path:
     assert json.loads((path / "config.json").read_text())["seed"] == 1
@@ -30,6 +37,7 @@ def test_the_same_config_comes_back_and_log_intervals_may_change(tmp_path):
 def test_another_config_is_refused_and_listed(tmp_path):
   with open_workdir(tmp_path, CONFIG):
     pass
+  begin(tmp_path)
   before = (tmp_path / "config.json").read_bytes()
   other = {**CONFIG, "seed": 2, "model": {"hidden": (8, 9)}, "new": True}
   with pytest.raises(BadInput) as error:
@@ -45,6 +53,7 @@ def test_another_config_is_refused_and_listed(tmp_path):
 def test_a_change_that_is_allowed_is_made_and_noted(tmp_path):
   with open_workdir(tmp_path, CONFIG):
     pass
+  begin(tmp_path)
   other = {**CONFIG, "seed": 2, "model": {"hidden": (8, 9)}}
   with pytest.raises(BadInput, match=r"^((?!model).)*seed 1 -> 2.*--allow"):
     check_workdir(tmp_path, other, allow=["model"])
@@ -65,6 +74,25 @@ def test_a_change_that_is_allowed_is_made_and_noted(tmp_path):
     check_workdir(tmp_path, {**other, "seed": 3}, allow=["seed"])
 
 
+def test_settings_may_be_corrected_before_anything_was_saved(tmp_path):
+  with open_workdir(tmp_path, CONFIG, inputs={"images": "5"}):
+    stage = tmp_path / "seed0" / "teacher"
+    (stage / "tensorboard").mkdir(parents=True)
+    for name in ("stage.json", "metrics.jsonl", "tensorboard/events.1"):
+      (stage / name).write_text("")
+    (stage / "checkpoints").mkdir()
+  other = {**CONFIG, "seed": 2}
+  with pytest.raises(BadInput, match="has saved nothing yet; leave it out"):
+    check_workdir(tmp_path, other, allow=["seed"])
+  with open_workdir(tmp_path, other, inputs={"images": "6"}):
+    pass
+  assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+  assert read_changes(tmp_path) == []
+  begin(tmp_path)
+  with pytest.raises(BadInput, match="seed 2 -> 1"):
+    check_workdir(tmp_path, CONFIG)
+
+
 def test_no_directory_can_be_made(tmp_path, monkeypatch):
   def refuse(self, **how):
     raise PermissionError(13, "Permission denied", str(self))
@@ -78,7 +106,7 @@ def test_no_directory_can_be_made(tmp_path, monkeypatch):
 def test_other_inputs_are_refused(tmp_path):
   before = {"images": "5 examples, 12ab", "teacher": "77"}
   with open_workdir(tmp_path, CONFIG, inputs=before):
-    pass
+    begin(tmp_path)
   with open_workdir(tmp_path, CONFIG, inputs=before):
     pass
   after = {**before, "images": "6 examples, 34cd"}
