@@ -23,6 +23,8 @@ from kd_jax.train.signals import EXIT_CODE, Sigterm
 from kd_jax.train.state import TrainState
 from kd_jax.train.workdir import MetricWriter, hash_ids
 
+SETTLE = 0.05  # seconds between looks at the metrics, which wait for a device
+
 
 def fit(
   runner: Runner,
@@ -132,31 +134,36 @@ def fit(
       bar.say(f"{title}: stopped by SIGTERM, saved step {max(saved, 0)}")
 
     stop = stack.enter_context(Sigterm(rescue))
-    pending: tuple[int, list[Any], Any] | None = None
+    pending: list[tuple[int, list[Any], Any]] = []
+    settled = time.monotonic()
 
-    def settle() -> None:
-      """Takes in the metrics of the call before, stops if they are bad."""
-      nonlocal pending
-      if pending is None:
-        return
-      begin, inputs, metrics = pending
-      pending = None
-      metrics = {
-        name: np.atleast_1d(x) for name, x in jax.device_get(metrics).items()
-      }
-      if not metrics["ok"].all():
-        good = runner.unreplicate(state)
-        at = int(good.step)
-        message = _diagnose(runner, state, frozen, batches(at), at)
-        save(at, good.replace(skipped=good.skipped - 1))
-        raise FloatingPointError(message)
-      for i, batch in enumerate(inputs):
-        if writer is not None and logs.due(begin + i + 1):
-          scalars = {k: v[i] for k, v in metrics.items() if k != "ok"}
-          ids = batch["id"] if "id" in batch else batch.get("index")
-          extra = {} if ids is None else {"ids": hash_ids(ids)}
-          writer.write(begin + i + 1, scalars, **extra)
-      bar.advance(begin + len(inputs), metrics["loss"][-1])
+    def settle(but: int = 0) -> None:
+      """Takes in the metrics of past calls, stops if some are bad.
+
+      Of the last `but` calls they stay where they are. After a bad step no
+      other changes the state, so nothing is lost by looking late.
+      """
+      nonlocal settled
+      calls = pending[: len(pending) - but]
+      del pending[: len(calls)]
+      for (begin, inputs, _), metrics in zip(
+        calls, jax.device_get([call[2] for call in calls]), strict=True
+      ):
+        metrics = {name: np.atleast_1d(x) for name, x in metrics.items()}
+        if not metrics["ok"].all():
+          good = runner.unreplicate(state)
+          at = int(good.step)
+          message = _diagnose(runner, state, frozen, batches(at), at)
+          save(at, good.replace(skipped=good.skipped - 1))
+          raise FloatingPointError(message)
+        for i, batch in enumerate(inputs):
+          if writer is not None and logs.due(begin + i + 1):
+            scalars = {k: v[i] for k, v in metrics.items() if k != "ok"}
+            ids = batch["id"] if "id" in batch else batch.get("index")
+            extra = {} if ids is None else {"ids": hash_ids(ids)}
+            writer.write(begin + i + 1, scalars, **extra)
+        bar.advance(begin + len(inputs), metrics["loss"][-1])
+      settled = time.monotonic()
 
     while step < num_steps:
       end = min(num_steps, evals.end(step), saves.end(step))
@@ -167,10 +174,9 @@ def fit(
       else:
         batch = {k: np.stack([b[k] for b in inputs]) for k in inputs[0]}
       state, metrics = runner(state, frozen, runner.shard(batch))
-      # The previous call's, while this one runs. If that was bad, this one
-      # has changed nothing.
-      settle()
-      pending = (step, inputs, metrics)
+      pending.append((step, inputs, metrics))
+      if time.monotonic() - settled > SETTLE:
+        settle(but=1)  # while the last one runs
       step += count
       due_eval, due_save = evals.due(step), saves.due(step)
       if clocks:
