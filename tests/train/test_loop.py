@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from kd_jax.train import loop
 from kd_jax.train.workdir import hash_ids, read_metrics
 
 
@@ -60,10 +61,14 @@ def test_every_line_names_its_batch(problem, tmp_path):
     assert row["loss"] == pytest.approx(total, rel=1e-6)
 
 
-@pytest.mark.parametrize("per_call", [1, 4])
+@pytest.mark.parametrize(
+  "per_call, seconds", [(1, 0.0), (1, 60.0), (4, 0.0), (4, 60.0)]
+)
 def test_a_non_finite_step_stops_the_run_and_says_where(
-  problem, same, tmp_path, per_call
+  problem, same, tmp_path, monkeypatch, per_call, seconds
 ):
+  """However late it is looked for."""
+  monkeypatch.setattr(loop, "SETTLE", seconds)
   row = int(problem.batches()(6)["index"][3])
   first = min(
     step for step in range(12) if row in problem.batches()(step)["index"]
