@@ -153,6 +153,8 @@ def _keep_programs(folder: str) -> None:
     print(line, file=sys.stderr)
   else:
     jax.config.update("jax_compilation_cache_dir", str(path))
+    # Half of the wait for a first step is small programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _pins(name: str, value: Any) -> dict[str, str]:

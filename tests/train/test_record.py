@@ -105,7 +105,6 @@ import sys
 from ml_collections import ConfigDict
 import jax, jax.numpy as jnp
 from kd_jax import train
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 def body(config, path):
   jax.jit(lambda x: x * 3)(jnp.ones(3))
   raise KeyboardInterrupt
