@@ -29,6 +29,7 @@ NAMES: dict[str, tuple[str, ...]] = {
   "floor_vit": ("step_floor", "vit"),
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
+  "cache": ("cache",),
 }
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
