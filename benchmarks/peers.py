@@ -37,6 +37,17 @@ RATE, MOMENTUM, CHECKED_STEPS = 0.01, 0.9, 3
 # XLA sizes its pool of threads by it, once, when it starts.
 _ENVIRONMENT = {"NPROC": "1"}
 
+# What is known of a pair, for the reader.
+_NOTES = {
+  "conv": (
+    "The difference is in XLA's convolutions on a CPU, the gradients of their "
+    "kernels most of all. Tried for single layers, without a clear gain: "
+    "products of patches or of shifted copies in their place, pairs of columns "
+    "as channels, batch statistics as products, and XLA's flags for oneDNN, "
+    "XNNPACK and YNNPACK."
+  )
+}
+
 # name -> (name, attributes and variables of a network) of "teacher", "student".
 Pair = dict[str, tuple[str, Mapping[str, Any], dict[str, Any]]]
 
@@ -240,6 +251,8 @@ def benchmark(name: str) -> Benchmark:
     f"In {CHECKED_STEPS} steps before the first block the forms had the same "
     "losses (to 1e-4) and weights (to 1e-2 of what they moved)."
   ]
+  if name in _NOTES:
+    notes.append(_NOTES[name])
   ours = [parts["kd_jax"]() for _ in range(CHECKED_STEPS)]
   for how, compiled in (("eager", False), ("torch.compile", True)):
     part = torch_step(pair, batch, compiled=compiled)
