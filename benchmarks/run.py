@@ -30,6 +30,9 @@ NAMES: dict[str, tuple[str, ...]] = {
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
   "cache": ("cache",),
+  "peers_mlp": ("peers", "mlp"),
+  "peers_conv": ("peers", "conv"),
+  "peers_vit": ("peers", "vit"),
 }
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
@@ -49,6 +52,8 @@ class Benchmark:
     data: what was worked on, shown as it is.
     source: where the claim comes from.
     notes: for the reader.
+    clock: gives seconds; `time.process_time` those of the processor alone.
+    environment: what has to be set when Python starts.
   """
 
   title: str
@@ -58,10 +63,15 @@ class Benchmark:
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   source: str = "kd_jax"
   notes: Sequence[str] = ()
+  clock: Callable[[], float] = time.perf_counter
+  environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def take_turns(
-  forms: Mapping[str, Callable[[], Any]], blocks: int, rounds: int
+  forms: Mapping[str, Callable[[], Any]],
+  blocks: int,
+  rounds: int,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
   """The median seconds of each form in each block."""
   for work in forms.values():
@@ -71,9 +81,9 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(rounds):
       for name, work in forms.items():
-        begin = time.perf_counter()
+        begin = clock()
         work()
-        seconds[name].append(time.perf_counter() - begin)
+        seconds[name].append(clock() - begin)
     for name, taken in seconds.items():
       medians[name].append(statistics.median(taken))
     print(f"block {block + 1}/{blocks}", file=sys.stderr, flush=True)
@@ -95,10 +105,12 @@ def result(
     form: [t / b for t, b in zip(taken, base, strict=True)]
     for form, taken in medians.items()
   }
-  metric = {"name": "time", "unit": f"in that of: {bench.base}"}
+  time_of = "time" if bench.clock is time.perf_counter else "processor time"
+  metric = {"name": time_of, "unit": f"in that of: {bench.base}"}
+  settings = "".join(f"{k}={v} " for k, v in bench.environment.items())
   return _common.result(
     title=bench.title,
-    command=f"python -m benchmarks.run {name}",
+    command=f"{settings}python -m benchmarks.run {name}",
     source=bench.source,
     config={"blocks": len(base), "rounds": rounds},
     data=dict(bench.data),
@@ -141,7 +153,9 @@ def main() -> None:
     begin = time.time()
     module, *args = NAMES[name]
     bench = importlib.import_module(f"benchmarks.{module}").benchmark(*args)
-    medians = take_turns(bench.forms, options.blocks, options.rounds)
+    medians = take_turns(
+      bench.forms, options.blocks, options.rounds, bench.clock
+    )
     found = result(name, bench, medians, options.rounds, time.time() - begin)
     _common.show(found, options.json)
 

@@ -1,0 +1,105 @@
+"""What the timings rest on: the clock, and that peers do the same work."""
+
+import importlib
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import run
+
+# shape of an input, examples in a batch, teacher, student
+PAIRS = {
+  "mlp": ((6,), 4, ("mlp", {"hidden": (7, 5)}), ("mlp", {"hidden": (3,)})),
+  "conv": (
+    *((8, 8, 3), 4),
+    ("wide_resnet", {"depth": 10, "width": 1}),
+    ("wide_resnet", {"depth": 10, "width": 1}),
+  ),
+  "vit": (
+    *((8, 8, 3), 4),
+    ("vit", {"patch_size": 4, "width": 12, "depth": 2, "heads": 3}),
+    ("vit", {"patch_size": 4, "width": 8, "depth": 1, "heads": 2}),
+  ),
+}
+
+
+@pytest.fixture
+def peers():
+  pytest.importorskip("torch")
+  from benchmarks import peers
+
+  return peers
+
+
+def made(peers, name, steps=3):
+  shape, size, teacher, student = PAIRS[name]
+  pair = peers.networks(shape, teacher, student)
+  batch = peers.a_batch(shape, size)
+  ours, theirs = peers.jax_step(pair, batch), peers.torch_step(pair, batch)
+  start = pair["student"][-1]
+  return (
+    [ours() for _ in range(steps)],
+    [theirs() for _ in range(steps)],
+    start,
+  )
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pytorch_makes_the_same_steps(peers, name):
+  ours, theirs, start = made(peers, name)
+  peers.check_same(ours, theirs, start)
+  found = [float(loss) for loss, _ in ours]
+  assert len(set(found)) == len(found)  # Something is learned.
+
+
+def test_a_loss_that_differs_is_named(peers, monkeypatch):
+  monkeypatch.setattr(peers.losses, "kl", peers.losses.reverse_kl)
+  with pytest.raises(ValueError, match="the loss of step 0"):
+    peers.check_same(*made(peers, "mlp", steps=1))
+
+
+def test_a_weight_that_differs_is_named(peers, monkeypatch):
+  sgd = peers.optax.sgd
+  monkeypatch.setattr(peers.optax, "sgd", lambda rate, m: sgd(1.02 * rate, m))
+  with pytest.raises(ValueError, match=r"Dense_0.weight has moved by"):
+    peers.check_same(*made(peers, "mlp", steps=1))
+
+
+def test_more_than_one_thread_is_refused(peers):
+  assert os.environ["NPROC"] != "1"
+  with pytest.raises(SystemExit, match="NPROC is '.*'; it should be '1'"):
+    peers.benchmark("mlp")
+
+
+def test_without_pytorch_one_line_says_so(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  monkeypatch.delitem(sys.modules, "benchmarks.peers", raising=False)
+  with pytest.raises(SystemExit, match="needs PyTorch: pip install torch$"):
+    importlib.import_module("benchmarks.peers")
+
+
+def test_turns_are_timed_by_the_clock_of_the_benchmark():
+  now, taken = 0.0, iter([0.0, 0.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0] * 2)
+
+  def work():
+    nonlocal now
+    now += next(taken)
+
+  forms = {"a": work, "b": work}
+  medians = run.take_turns(forms, blocks=1, rounds=3, clock=lambda: now)
+  np.testing.assert_allclose([medians["a"], medians["b"]], [[2.0], [20.0]])
+
+
+def test_the_result_says_which_clock_and_which_environment():
+  bench = run.Benchmark(
+    title="t",
+    base="a",
+    forms={"a": lambda: None},
+    clock=run.time.process_time,
+    environment={"NPROC": "1"},
+  )
+  found = run.result("peers_mlp", bench, {"a": [2.0]}, 3, 1.0)
+  assert found["metric"]["name"] == "processor time"
+  assert found["command"] == "NPROC=1 python -m benchmarks.run peers_mlp"
