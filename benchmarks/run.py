@@ -27,6 +27,8 @@ NAMES: dict[str, tuple[str, ...]] = {
   "floor_mlp": ("step_floor", "mlp"),
   "floor_conv": ("step_floor", "conv"),
   "floor_vit": ("step_floor", "vit"),
+  "floor_mutual": ("other_floors", "mutual"),
+  "floor_taps": ("other_floors", "taps"),
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
   "cache": ("cache",),

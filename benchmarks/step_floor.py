@@ -10,6 +10,7 @@ Run: python -m benchmarks.run floor_mlp floor_conv floor_vit
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -44,6 +45,39 @@ PAIRS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def stepping(
+  start: Any, optimizer: Any, batch: Any, step: Callable[..., Any], frozen: Any
+) -> Callable[[], Any]:
+  """A function that makes one more step on each call; waits for nothing."""
+  run = jax.jit(step, donate_argnums=0)
+  # Copies: the step gives away what it is given.
+  params, kept = jax.tree.map(jnp.array, (start["params"], start["state"]))
+  state = train.init_state(
+    {"model": params},
+    optimizer,
+    jax.random.key(2),
+    model_state={"model": kept},
+  )
+
+  def work() -> Any:
+    nonlocal state
+    state, _ = run(state, frozen, batch)
+    return state.step
+
+  return work
+
+
+def in_turn(steps: int, *parts: Callable[[], Any]) -> Callable[[], Any]:
+  """A round: some times each of the parts, then a wait."""
+
+  def work() -> None:
+    for _ in range(steps):
+      found = [part() for part in parts]
+    jax.block_until_ready(found)
+
+  return work
+
+
 def benchmark(pair: str) -> Benchmark:
   shape, size, steps, large, small = PAIRS[pair]
   rng = np.random.default_rng(0)
@@ -56,6 +90,8 @@ def benchmark(pair: str) -> Benchmark:
   known = teacher.init(jax.random.key(0), batch["image"][:1])
   start = student.init(jax.random.key(1), batch["image"][:1])
   optimizer = optax.adam(1e-3)
+  going = functools.partial(stepping, start, optimizer, batch)
+  form = functools.partial(in_turn, steps)
 
   def loss_fn(
     params: Any, model_state: Any, frozen: Any, batch: Any, key: Any
@@ -91,44 +127,19 @@ def benchmark(pair: str) -> Benchmark:
   step = train.make_step(loss_fn, optimizer)
   ask = jax.jit(lambda v, x: teacher.apply(v, x)[0].logits)
 
-  def stepping(function: Callable[..., Any], frozen: Any) -> Any:
-    """One more step on each call; waits for nothing."""
-    run = jax.jit(function, donate_argnums=0)
-    state = train.init_state(
-      {"model": start["params"]},
-      optimizer,
-      jax.random.key(2),
-      model_state={"model": start["state"]},
-    )
-    now = {"state": state}
-
-    def work() -> Any:
-      now["state"], _ = run(now["state"], frozen, batch)
-      return now["state"].step
-
-    return work
-
   def inference() -> Any:
     return ask(known, batch["image"])
-
-  def form(*parts: Callable[[], Any]) -> Callable[[], Any]:
-    def work() -> None:
-      for _ in range(steps):
-        found = [part() for part in parts]
-      jax.block_until_ready(found)
-
-    return work
 
   floor = "teacher inference, then a supervised step"
   return Benchmark(
     title=f"The floor of a distillation step: {pair}",
     base=floor,
     forms={
-      floor: form(inference, stepping(step, None)),
+      floor: form(inference, going(step, None)),
       "teacher inference alone": form(inference),
-      "a supervised step alone": form(stepping(step, None)),
-      "a distillation step": form(stepping(step, known)),
-      "a distillation step by hand": form(stepping(by_hand, known)),
+      "a supervised step alone": form(going(step, None)),
+      "a distillation step": form(going(step, known)),
+      "a distillation step by hand": form(going(by_hand, known)),
     },
     claims=(
       (
