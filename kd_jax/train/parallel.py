@@ -100,6 +100,14 @@ class Runner:
       metrics = jax.tree.map(lambda x: x.addressable_data(0)[0], metrics)
     return state, metrics
 
+  def lower(self, state: Any, frozen: Any, batch: Any) -> Any:
+    """The step as `jax.jit(f).lower(...)` gives it, to be looked at.
+
+    `compile()` of it has `cost_analysis()` and `memory_analysis()`, of one
+    device, and `as_text()`, which `collectives` reads.
+    """
+    return self._run.lower(state, frozen, batch)
+
   def replicate(self, tree: Any) -> Any:
     """Puts a copy of every array on every device.
 

@@ -70,7 +70,7 @@ class Pair:
       }
     frozen = runner.replicate({"teacher": self.known})
     state = runner.replicate(self.state())
-    return runner._run.lower(state, frozen, runner.shard(batch))
+    return runner.lower(state, frozen, runner.shard(batch))
 
   def student_bytes(self):
     return sum(x.nbytes for x in jax.tree.leaves(self.start["params"]))
