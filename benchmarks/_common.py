@@ -16,7 +16,12 @@ class Training(NamedTuple):
 
 
 def mlp_pair(
-  teacher: Sequence[int], student: Sequence[int], steps_per_call: int = 1
+  teacher: Sequence[int],
+  student: Sequence[int],
+  steps_per_call: int = 1,
+  *,
+  how: str = "jit",
+  batch_size: int = 0,
 ) -> Training:
   """A student MLP and a live teacher on MNIST digits, as in Hinton et al.
 
@@ -24,6 +29,8 @@ def mlp_pair(
     teacher: its hidden layers; it is not trained.
     student: its hidden layers.
     steps_per_call: see `train.compile`.
+    how: likewise.
+    batch_size: 0 is that of the config.
   """
   import jax
 
@@ -32,7 +39,8 @@ def mlp_pair(
   from kd_jax import data, train
 
   config = mnist5k.get_config("demo")
-  config.steps_per_call = steps_per_call
+  config.steps_per_call, config.parallel = steps_per_call, how
+  config.student.batch_size = batch_size or config.student.batch_size
   config.teacher.hidden, config.student.hidden = tuple(teacher), tuple(student)
   row = config.students[config.rows[-1]]
   arrays = data.to_arrays(data.load("mnist5k", "train"))

@@ -41,6 +41,8 @@ from kd_jax.train.parallel import (
   AXIS as AXIS,
   check_divides as check_divides,
   compile as compile,
+  split_bytes as split_bytes,
+  split_specs as split_specs,
 )
 from kd_jax.train.period import Period as Period
 from kd_jax.train.record import (
@@ -71,6 +73,10 @@ from kd_jax.train.step import (
 from kd_jax.train.study import (
   Study as Study,
   use_devices as use_devices,
+)
+from kd_jax.train.traffic import (
+  Collective as Collective,
+  collectives as collectives,
 )
 from kd_jax.train.workdir import (
   check_branch as check_branch,

@@ -58,6 +58,7 @@ class Classifier:
     extra: Extra | None = None,
     peers: int = 1,
     teacher: Model | None = None,
+    sharded: Sequence[str] = (),
   ):
     """Makes the step.
 
@@ -79,6 +80,7 @@ class Classifier:
       peers: see `compile`.
       teacher: what `loss_fn` asks with `frozen["teacher"]`; it is looked at
         before the first step, see `teachers.check`.
+      sharded: see `compile`.
     """
     self.model = model
     self.preprocess = preprocess
@@ -102,6 +104,7 @@ class Classifier:
       devices=devices,
       steps_per_call=steps_per_call,
       peers=peers,
+      sharded=sharded,
     )
 
   def logits(self, variables: Variables, images: Any) -> jax.Array:

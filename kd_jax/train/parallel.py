@@ -2,11 +2,13 @@
 
 Both give the numbers of one device. With `jit` arrays are global and the
 compiler shards the program; with `pmap` every device runs its own copy on its
-slice of the batch, and the step adds up with `psum`.
+slice of the batch, and the step adds up with `psum`. With `jit` parts of
+`frozen`, such as a large teacher, can be split over the devices as well.
 """
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,6 +21,8 @@ from kd_jax.train.state import TrainState
 
 AXIS = "batch"
 PEERS = "peer"
+# Bytes below which an array is not worth a transfer of its own in each step.
+SMALL = 2**16
 
 
 class Runner:
@@ -35,6 +39,7 @@ class Runner:
       further leading axis of that length, and so have the metrics.
     peers: over how many groups of devices the peers of a stacked cohort are
       spread.
+    sharded: which parts of `frozen` are split over the devices.
   """
 
   def __init__(
@@ -44,6 +49,7 @@ class Runner:
     devices: Sequence[jax.Device],
     steps_per_call: int,
     peers: int = 1,
+    sharded: Sequence[str] = (),
   ):
     self.step = step
     self.how = how
@@ -58,6 +64,7 @@ class Runner:
     if how == "pmap":
       mesh = tuple(self.devices[i] for i in self._local)
     self.peers = peers
+    self.sharded = tuple(sharded)
     self._mesh = Mesh(
       np.asarray(mesh).reshape(peers, -1),
       (PEERS, AXIS),
@@ -67,7 +74,7 @@ class Runner:
     inner = functools.partial(step, axis_name=axis_name)
 
     def one(state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
-      state, metrics = inner(state, frozen, batch)
+      state, metrics = inner(state, self._whole(frozen, state), batch)
       if peers > 1:  # where they were, so that the next call finds them there
         state = lax.with_sharding_constraint(state, self._places(state))
       return state, metrics
@@ -93,15 +100,37 @@ class Runner:
       metrics = jax.tree.map(lambda x: x.addressable_data(0)[0], metrics)
     return state, metrics
 
+  def lower(self, state: Any, frozen: Any, batch: Any) -> Any:
+    """The step as `jax.jit(f).lower(...)` gives it, to be looked at.
+
+    `compile()` of it has `cost_analysis()` and `memory_analysis()`, of one
+    device, and `as_text()`, which `collectives` reads.
+    """
+    return self._run.lower(state, frozen, batch)
+
   def replicate(self, tree: Any) -> Any:
     """Puts a copy of every array on every device.
 
     Of a `TrainState` whose peers are spread, each device gets its own peers'
-    part.
+    part; of `frozen`, its share of what is sharded, see `split_specs`.
+
+    Raises:
+      ValueError: if `frozen` lacks a part that is to be sharded.
     """
     if self.peers > 1 and isinstance(tree, TrainState):
       places = self._places(tree)
       return jax.tree.map(lambda x, at: self._put(x, at.spec), tree, places)
+    if self.sharded and not isinstance(tree, TrainState):
+      missing = [name for name in self.sharded if name not in tree]
+      if missing:
+        raise ValueError(
+          f"sharded names {', '.join(missing)}; frozen should have that, but "
+          f"it holds {', '.join(tree)}"
+        )
+      specs = jax.tree.map(lambda _: P(), dict(tree))
+      for name in self.sharded:
+        specs[name] = split_specs(tree[name], self._mesh.shape[AXIS])
+      return jax.tree.map(self._put, dict(tree), specs)
     spec = P() if self.how == "jit" else P(AXIS)
     copies = len(self._local)
 
@@ -125,7 +154,10 @@ class Runner:
     Raises:
       ValueError: if the batch does not divide over the devices.
     """
-    lead = 1 if self.steps_per_call > 1 else 0
+    return self._shard(batch, 1 if self.steps_per_call > 1 else 0)
+
+  def _shard(self, batch: Any, lead: int) -> Any:
+    """As `shard`, along axis `lead`."""
     alone = self.how == "jit" and len(self.devices) == 1
 
     def put(x: Any) -> Any:
@@ -169,8 +201,22 @@ class Runner:
     Returns:
       (a tree like `params`, True where the gradient is finite; the metrics).
     """
+    run = lambda *a: self.step.bad_leaves(a[0], self._whole(a[1], a[0]), a[2])  # type: ignore[attr-defined]
+    if self.how == "jit":  # which has room for no more than the step itself
+      return jax.jit(run)(state, frozen, self._shard(batch, 0))
     state, frozen = self.unreplicate((state, frozen))
-    return jax.jit(self.step.bad_leaves)(state, frozen, batch)  # type: ignore[attr-defined]
+    return jax.jit(run)(state, frozen, batch)
+
+  def _whole(self, frozen: Any, state: Any) -> Any:
+    """In the compiled step: each device gathers what it holds a share of."""
+    if not self.sharded:
+      return frozen
+    shares = {name: frozen[name] for name in self.sharded}
+    # Tied to the step, so that a scan of steps gathers in each anew; before
+    # its loop, all would be gathered at once.
+    shares, _ = lax.optimization_barrier((shares, state.step))
+    here = NamedSharding(self._mesh, P())
+    return {**frozen, **lax.with_sharding_constraint(shares, here)}
 
   def _places(self, state: Any) -> Any:
     """A sharding for each leaf: what is a peer's has a leading axis for it."""
@@ -209,6 +255,7 @@ def compile(
   devices: Sequence[jax.Device] | None = None,
   steps_per_call: int = 1,
   peers: int = 1,
+  sharded: Sequence[str] = (),
 ) -> Runner:
   """Compiles a step of `make_step` for one or many devices.
 
@@ -222,13 +269,18 @@ def compile(
     peers: for stacked cohorts (`models.stacked`, `by_peer`): a mesh axis over
       which the peers are spread. Each group of devices holds and trains its
       own share of them, and they exchange logits only.
+    sharded: for "jit", names of parts of `frozen` of which each device keeps a
+      share, such as ("teacher",); `split_specs` says which arrays, and
+      `split_bytes` what that saves. The step gathers each array before it is
+      used, with the bits of a run in which every device has all. How many are
+      there whole at one time is up to the compiler: see docs/pods.md.
 
   Returns:
     A `Runner`.
 
   Raises:
-    ValueError: on an unknown `how`, `steps_per_call` below 1, or `peers` that
-      do not divide the devices.
+    ValueError: on an unknown `how`, `steps_per_call` below 1, `peers` that do
+      not divide the devices, or something `sharded` with "pmap".
   """
   if how not in ("jit", "pmap"):
     raise ValueError(f"how is {how!r}; it should be 'jit' or 'pmap'")
@@ -242,7 +294,76 @@ def compile(
       f"peers is {peers}; it should divide the number of devices, "
       f"{len(devices)}, and be 1 but for 'jit'"
     )
-  return Runner(step, how, devices, steps_per_call, peers)
+  if isinstance(sharded, str) or (sharded and how != "jit"):
+    raise ValueError(
+      f"sharded is {sharded!r}; it should be a tuple of names, empty but for "
+      "'jit': with 'pmap' every device has its own copy"
+    )
+  return Runner(step, how, devices, steps_per_call, peers, sharded)
+
+
+def split_specs(tree: Any, count: int) -> Any:
+  """How arrays are split over devices: along which axis, if any.
+
+  Args:
+    tree: arrays, or their shapes from `jax.eval_shape`.
+    count: how many devices share them.
+
+  Returns:
+    A `PartitionSpec` for each: the longest of the axes that `count` divides is
+    split (the first of equals). An array without such an axis, or below
+    `SMALL` bytes, stays whole on every device, with an empty one.
+
+  Raises:
+    ValueError: if `count` is not positive.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> kernel = jax.ShapeDtypeStruct((3, 3, 512, 1024), jnp.float32)
+    >>> odd = jax.ShapeDtypeStruct((999, 1001), jnp.float32)
+    >>> [tuple(spec) for spec in split_specs([kernel, odd], 8)]
+    [(None, None, None, 'batch'), ()]
+  """
+  if count < 1:
+    raise ValueError(f"count is {count}; it should be positive")
+
+  def spec(x: Any) -> P:
+    fits = [i for i, n in enumerate(np.shape(x)) if n and n % count == 0]
+    if count == 1 or not fits or _bytes(x) < SMALL:
+      return P()
+    axis = max(fits, key=lambda i: (np.shape(x)[i], -i))
+    return P(*[None] * axis, AXIS)
+
+  return jax.tree.map(spec, tree)
+
+
+def split_bytes(tree: Any, count: int) -> tuple[int, int]:
+  """What each device holds of arrays that are split by `split_specs`.
+
+  Args:
+    tree: arrays, or their shapes from `jax.eval_shape`.
+    count: how many devices share them.
+
+  Returns:
+    (bytes of its shares, bytes of the arrays that stay whole).
+
+  Raises:
+    ValueError: if `count` is not positive.
+
+  Example:
+    >>> import numpy as np
+    >>> split_bytes({"kernel": np.ones((512, 64)), "bias": np.ones(64)}, 8)
+    (32768, 512)
+  """
+  specs = jax.tree.leaves(split_specs(tree, count))
+  both = list(zip(jax.tree.leaves(tree), specs, strict=True))
+  split = sum(_bytes(x) for x, spec in both if spec != P())
+  return split // count, sum(_bytes(x) for x, spec in both if spec == P())
+
+
+def _bytes(x: Any) -> int:
+  dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+  return math.prod(np.shape(x)) * dtype.itemsize
 
 
 def check_divides(batch_size: int, num_devices: int) -> None:

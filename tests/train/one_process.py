@@ -1,5 +1,6 @@
 """One of several processes that train together; run by test_distributed."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -14,25 +15,29 @@ def main(coordinator, count, index, how, path, signalled="no"):
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(coordinator, int(count), int(index))
   from tests.train.conftest import Problem
+  from tests.train.pair import Pair
 
   problem = Problem()
+  fit = functools.partial(problem.fit, how=how, devices=None)
+  if how == "sharded":
+    pair = Pair()
+    split = pair.runner(devices=None, sharded=("teacher",))
+    fit = functools.partial(pair.fit, split)
   options = {
-    "how": how,
-    "devices": None,
     "workdir": pathlib.Path(path) / "run",
     "save_every": 5,
     "eval_every": 4,
     "evaluate": lambda state: {"at": float(state.step)},
   }
   if signalled == "yes":
-    stop_at(problem, options, index)
-  problem.fit(**options | {"num_steps": 7})  # and resumes from there
-  state = problem.fit(**options)
+    stop_at(problem, fit, options, index)
+  fit(**options | {"num_steps": 7})  # and resumes from there
+  state = fit(**options)
   leaves = [np.asarray(x) for x in jax.tree.leaves(state.params)]
   np.savez(pathlib.Path(path) / f"params{index}.npz", *leaves)
 
 
-def stop_at(problem, options, index):
+def stop_at(problem, fit, options, index):
   """The second process gets SIGTERM in step 3; all leave after one step."""
 
   def batches(step):
@@ -43,7 +48,7 @@ def stop_at(problem, options, index):
     return problem.batches()(step)
 
   try:
-    problem.fit(**options, batches=batches)
+    fit(**options, batches=batches)
   except SystemExit as error:
     assert error.code == 143, error.code
     print("stopped", flush=True)

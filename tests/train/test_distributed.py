@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kd_jax.train.workdir import read_metrics
+from tests.train.pair import Pair
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -55,19 +56,24 @@ def test_sigterm_to_one_stops_both_at_one_step(problem, tmp_path):
   assert max(saved) >= 3 and max(saved) < 12
   found = start("jit", tmp_path)
   assert [code for code, _ in found] == [0, 0], found
-  check(problem, tmp_path)
+  check(problem.fit(), tmp_path)
 
 
-@pytest.mark.parametrize("how,count", [("jit", 2), ("pmap", 2), ("jit", 4)])
+@pytest.mark.parametrize("how,count", [("sharded", 2), ("pmap", 2), ("jit", 4)])
 def test_processes(problem, how, count, tmp_path):
   found = start(how, tmp_path, count=count)
   assert [code for code, _ in found] == [0] * count, found
-  check(problem, tmp_path, count)
+  if how == "sharded":
+    pair = Pair()
+    alone = pair.fit(pair.runner(devices=1))
+  else:
+    alone = problem.fit()
+  check(alone, tmp_path, count)
 
 
-def check(problem, tmp_path, count=2):
+def check(alone, tmp_path, count=2):
   """All ended with the numbers of one, and only one has written."""
-  want = jax.tree.leaves(problem.fit().params)
+  want = jax.tree.leaves(alone.params)
   each = [np.load(tmp_path / f"params{index}.npz") for index in range(count)]
   for found in each:
     for i, leaf in enumerate(want):
