@@ -143,7 +143,7 @@ def record(
 
 def _keep_programs(folder: str) -> None:
   """Has JAX keep what it compiles, and says where."""
-  if not folder or jax.config.jax_compilation_cache_dir:
+  if not folder or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     return
   path = pathlib.Path(folder).expanduser().absolute()
   try:
