@@ -119,6 +119,17 @@ class Attention(nn.Module):
     )(x)
 
 
+def _gelu(x: jax.Array) -> jax.Array:
+  """The GELU itself, not its approximation by tanh; float32 inside.
+
+  By erf: `nn.gelu` takes erfc, which is slower on a CPU.
+
+  Reference: Hendrycks and Gimpel 2016, arXiv:1606.08415.
+  """
+  y = x.astype(jnp.float32)
+  return (y * (1 + jax.lax.erf(y * 0.5**0.5)) / 2).astype(x.dtype)
+
+
 class MLP(nn.Module):
   """Two dense layers with a GELU between them.
 
@@ -136,14 +147,12 @@ class MLP(nn.Module):
     x = nn.Dense(
       self.hidden, kernel_init=_kernel_init, dtype=self.dtype, name="fc1"
     )(inputs)
-    # The GELU itself (Hendrycks and Gimpel 2016, arXiv:1606.08415), not its
-    # approximation by tanh.
     return nn.Dense(
       inputs.shape[-1],
       kernel_init=_kernel_init,
       dtype=self.dtype,
       name="fc2",
-    )(nn.gelu(x, approximate=False))
+    )(_gelu(x))
 
 
 class Block(nn.Module):

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from kd_jax.models import count_parameters, from_linen
-from kd_jax.models.vit import AttentionWeights, ViT, sincos_positions, vit
+from kd_jax.models.vit import (
+  AttentionWeights,
+  ViT,
+  _gelu,
+  sincos_positions,
+  vit,
+)
 from tests.models.networks import among_others, images, random_variables
 
 TINY = {"num_classes": 5, "patch_size": 4, "width": 12, "depth": 2, "heads": 3}
@@ -126,6 +132,20 @@ def test_is_what_numpy_computes(change):
   assert np.std(expected) > 0.1
   np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
   assert ("bias" in params["block1"]["attention"]["query"]) == module.qkv_bias
+
+
+@pytest.mark.parametrize(
+  "dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2**-8)]
+)
+def test_gelu(dtype, tolerance):
+  x = jnp.linspace(-8, 8, 161).astype(dtype)
+  wide = np.asarray(x, np.float64)
+  exact = wide * (1 + erf(wide / math.sqrt(2))) / 2
+  found = _gelu(x)
+  assert found.dtype == x.dtype
+  np.testing.assert_allclose(
+    np.asarray(found, np.float64), exact, rtol=tolerance, atol=1e-6
+  )
 
 
 def test_sincos_positions():
