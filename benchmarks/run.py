@@ -137,7 +137,12 @@ def result(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+  parser.add_argument(
+    "names",
+    nargs="*",
+    metavar="NAME",
+    help=f"{', '.join(NAMES)}; all but peers_ by default",
+  )
   parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
   parser.add_argument("--blocks", type=int, default=5)
   parser.add_argument("--rounds", type=int, default=9, help="in each block")
@@ -147,7 +152,8 @@ def main() -> None:
     parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(NAMES)}")
   if min(options.blocks, options.rounds) < 1:
     parser.error("--blocks and --rounds should be at least 1")
-  names = options.names or NAMES
+  # Peers need what is not installed and a setting that changes the others.
+  names = options.names or [n for n in NAMES if not n.startswith("peers_")]
   if options.json and len(names) > 1:
     parser.error("--json keeps one result: give one NAME")
 

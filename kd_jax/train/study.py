@@ -119,9 +119,10 @@ class Study:
     pin = teachers.digest(variables)
     logits = _read_logits(kept, pin) if kept else None
     if logits is None:
-      ask = net.predict_heads if net.heads else net.predict
-      found = ask(variables, images)
-      logits = found if net.heads else (found,)
+      if net.heads:
+        logits = net.predict_heads(variables, images)
+      else:
+        logits = (net.predict(variables, images),)
       if kept and jax.process_index() == 0:
         named = {f"part{i}": part for i, part in enumerate(logits)}
         write(kept, lambda file: np.savez(file, pin=pin, **named))
