@@ -124,7 +124,7 @@ class Study:
       else:
         logits = (net.predict(variables, images),)
       if kept and jax.process_index() == 0:
-        named = {f"part{i}": part for i, part in enumerate(logits)}
+        named: Any = {f"part{i}": part for i, part in enumerate(logits)}
         write(kept, lambda file: np.savez(file, pin=pin, **named))
     return logits if net.heads else logits[0]
 
