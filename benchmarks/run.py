@@ -29,6 +29,9 @@ NAMES: dict[str, tuple[str, ...]] = {
   "floor_vit": ("step_floor", "vit"),
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
+  "linear_kl": ("linear_divergence", "kl"),
+  "linear_reverse_kl": ("linear_divergence", "reverse_kl"),
+  "linear_jsd": ("linear_divergence", "jsd"),
 }
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
@@ -46,6 +49,7 @@ class Benchmark:
     forms: name -> a function that does the work once and waits for its end.
     claims: (claim, form a, form b, "lower" or "higher"), stated beforehand.
     data: what was worked on, shown as it is.
+    bytes: form -> temporary memory that its program asks for, where known.
     source: where the claim comes from.
     notes: for the reader.
   """
@@ -55,6 +59,7 @@ class Benchmark:
   forms: Mapping[str, Callable[[], Any]]
   claims: Sequence[tuple[str, str, str, str]] = ()
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   source: str = "kd_jax"
   notes: Sequence[str] = ()
 
@@ -94,6 +99,12 @@ def result(
     form: [t / b for t, b in zip(taken, base, strict=True)]
     for form, taken in medians.items()
   }
+
+  def sizes(form: str, times: int) -> dict[str, list[float]]:
+    if form not in bench.bytes:
+      return {}
+    return {"temporary MiB": [bench.bytes[form] / 2**20] * times}
+
   metric = {"name": "time", "unit": f"in that of: {bench.base}"}
   return _common.result(
     title=bench.title,
@@ -107,7 +118,10 @@ def result(
       {
         "name": form,
         "values": ratios[form],
-        "details": {"milliseconds": [1e3 * t for t in taken]},
+        "details": {
+          "milliseconds": [1e3 * t for t in taken],
+          **sizes(form, len(taken)),
+        },
       }
       for form, taken in medians.items()
     ],
