@@ -10,7 +10,6 @@ Run: python -m benchmarks.run linear_kl linear_reverse_kl linear_jsd
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ def benchmark(divergence: str) -> Benchmark:
   }
 
   def form(program: Callable[..., Any]) -> Callable[[], Any]:
-    return functools.partial(lambda: jax.block_until_ready(program(*arrays)))
+    return lambda: jax.block_until_ready(program(*arrays))
 
   everything, again, together = programs
   return Benchmark(

@@ -157,6 +157,8 @@ def main() -> None:
     medians = take_turns(bench.forms, options.blocks, options.rounds)
     found = result(name, bench, medians, options.rounds, time.time() - begin)
     _common.show(found, options.json)
+    for form, count in bench.bytes.items():
+      print(f"{form}: {count / 2**20:,.0f} MiB of temporary memory")
 
 
 if __name__ == "__main__":
