@@ -1,123 +1,89 @@
-"""Prints what `linear_divergence` saves in memory and costs in time.
+"""What a divergence of two heads with a large vocabulary costs.
 
-One training step's worth, the mean loss and its gradients for both hidden
-states and the student's head (the teacher's is frozen), compiled once from the
-logits of all tokens and once for each chunk size. The forms take turns, so that
-a busy moment of the machine hits all of them. The memory is XLA's own count of
-what the program needs beside its arguments and results.
+One training step's worth: the mean over tokens and its gradients for the
+student's hidden states and head, with a frozen teacher. From the logits of all
+tokens; some tokens at a time with the logits computed twice, as one value per
+token needs it; and with the gradients computed along with the sum. The memory
+is XLA's own count of what the program needs beside its arguments and results.
 
-Run: python -m benchmarks.linear_divergence --tokens 4096 --vocab 32000
+Run: python -m benchmarks.run linear_kl linear_reverse_kl linear_jsd
 """
 
-import argparse
 from collections.abc import Callable
-import functools
-import statistics
-import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kd_jax.losses import divergences, linear_heads
+from benchmarks.run import Benchmark
+from kd_jax import losses
 
-_DIVERGENCES = {
-  "kl": divergences.kl,
-  "reverse_kl": divergences.reverse_kl,
-  "jsd": divergences.jsd,
-}
-
-Loss = Callable[..., jax.Array]
+TOKENS, VOCAB, WIDTH, CHUNK = 1024, 32_000, 256, 128
 
 
-def step(loss: Loss, arrays: list[jax.Array]) -> jax.stages.Compiled:
-  """The compiled mean loss and its gradients, but for the teacher's head."""
-
-  def mean(*arrays: jax.Array) -> jax.Array:
-    return loss(*arrays).mean()
-
-  run = jax.value_and_grad(mean, argnums=(0, 1, 2))
-  return jax.jit(run).lower(*arrays).compile()
-
-
-def seconds(run: jax.stages.Compiled, arrays: list[jax.Array]) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(run(*arrays))
-  return time.perf_counter() - start
-
-
-def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__.split("\n")[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-  parser.add_argument("--tokens", type=int, default=2048)
-  parser.add_argument("--vocab", type=int, default=8192)
-  parser.add_argument("--student_width", type=int, default=128)
-  parser.add_argument("--teacher_width", type=int, default=256)
-  parser.add_argument("--chunk_sizes", type=int, nargs="+", default=[128, 512])
-  parser.add_argument(
-    "--dtype", choices=["float32", "bfloat16"], default="float32"
-  )
-  parser.add_argument("--divergence", choices=_DIVERGENCES, default="kl")
-  parser.add_argument("--temperature", type=float, default=1.0)
-  parser.add_argument("--rounds", type=int, default=5)
-  options = parser.parse_args()
-
-  shapes = [
-    (options.tokens, options.student_width),
-    (options.student_width, options.vocab),
-    (options.tokens, options.teacher_width),
-    (options.teacher_width, options.vocab),
-  ]
+def benchmark(divergence: str) -> Benchmark:
+  rng = np.random.default_rng(0)
+  shapes = [(TOKENS, WIDTH), (WIDTH, VOCAB)] * 2
   arrays = [
-    # Logits with a deviation of 2 or so, whatever the widths.
-    jax.random.normal(jax.random.fold_in(jax.random.key(0), i), shape)
-    * (2.0 / shape[0] ** 0.5 if i % 2 else 1.0)
-    for i, shape in enumerate(shapes)
+    # Logits with a deviation of 2, whatever the width.
+    jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+    for shape, scale in zip(shapes, [1.0, 2.0 / WIDTH**0.5] * 2, strict=True)
   ]
-  arrays = [x.astype(options.dtype) for x in arrays]
-  divergence = functools.partial(
-    _DIVERGENCES[options.divergence], temperature=options.temperature
+  function = getattr(losses, divergence)
+  options = {"divergence": function, "chunk_size": CHUNK}
+
+  def plain(
+    student: jax.Array, head: jax.Array, teacher: jax.Array, known: jax.Array
+  ) -> jax.Array:
+    return function(student @ head, teacher @ known).mean()
+
+  def twice(*arrays: jax.Array) -> jax.Array:
+    return losses.linear_divergence(*arrays, **options).mean()
+
+  def once(*arrays: jax.Array) -> jax.Array:
+    return losses.linear_divergence_sum(*arrays, **options) / TOKENS
+
+  programs = {
+    name: jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
+    .lower(*arrays)
+    .compile()
+    for name, mean in {
+      "logits of all tokens": plain,
+      "chunks, logits twice": twice,
+      "chunks, gradients with the loss": once,
+    }.items()
+  }
+
+  def form(program: Callable[..., Any]) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(program(*arrays))
+
+  everything, again, together = programs
+  return Benchmark(
+    title=f"Two heads with a large vocabulary: {divergence}",
+    base=everything,
+    forms={name: form(program) for name, program in programs.items()},
+    claims=(
+      (
+        "gradients with the loss take less time than logits twice",
+        *(together, again, "lower"),
+      ),
+      (
+        "gradients with the loss take less time than all logits at once",
+        *(together, everything, "lower"),
+      ),
+    ),
+    data={
+      "tokens": TOKENS,
+      "vocabulary": VOCAB,
+      "width of both hidden states": WIDTH,
+      "tokens in a chunk": CHUNK,
+      "dtype": "float32",
+      "logits of one model": f"{4 * TOKENS * VOCAB / 2**20:.0f} MiB",
+    },
+    bytes={
+      name: program.memory_analysis().temp_size_in_bytes
+      for name, program in programs.items()
+    },
+    source="Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989",
   )
-
-  def plain(*arrays: jax.Array) -> jax.Array:
-    hidden_s, head_s, hidden_t, head_t = arrays
-    return divergence(hidden_s @ head_s, hidden_t @ head_t)
-
-  forms: dict[str, Loss] = {"all tokens": plain}
-  for chunk_size in options.chunk_sizes:
-    forms[f"chunks of {chunk_size}"] = functools.partial(
-      linear_heads.linear_divergence,
-      divergence=divergence,
-      chunk_size=chunk_size,
-    )
-  runs = {name: step(loss, arrays) for name, loss in forms.items()}
-  times: dict[str, list[float]] = {name: [] for name in runs}
-  for round_number in range(options.rounds + 1):
-    for name, run in runs.items():
-      taken = seconds(run, arrays)
-      if round_number:  # The first one pays for the machine's caches.
-        times[name].append(taken)
-
-  logits = options.tokens * options.vocab * jnp.dtype(options.dtype).itemsize
-  print(
-    f"{options.divergence} of {options.tokens} tokens and {options.vocab} "
-    f"classes in {options.dtype} on {jax.devices()[0].device_kind}; the logits "
-    f"of one model are {logits / 2**20:.0f} MiB"
-  )
-  print(f"{'':18} {'loss':>9} {'temporary':>13} {'time':>11} {'of plain':>9}")
-  base = statistics.median(times["all tokens"])
-  for name, run in runs.items():
-    loss, _ = run(*arrays)
-    memory = run.memory_analysis()
-    assert memory is not None, "this platform does not count its memory"
-    temporary = memory.temp_size_in_bytes
-    median = statistics.median(times[name])
-    print(
-      f"{name:18} {loss:9.5f} {temporary / 2**20:9.1f} MiB "
-      f"{1e3 * median:8.1f} ms {median / base:9.2f}"
-    )
-
-
-if __name__ == "__main__":
-  main()

@@ -35,6 +35,9 @@ NAMES: dict[str, tuple[str, ...]] = {
   "peers_mlp": ("peers", "mlp"),
   "peers_conv": ("peers", "conv"),
   "peers_vit": ("peers", "vit"),
+  "linear_kl": ("linear_divergence", "kl"),
+  "linear_reverse_kl": ("linear_divergence", "reverse_kl"),
+  "linear_jsd": ("linear_divergence", "jsd"),
 }
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
@@ -52,6 +55,7 @@ class Benchmark:
     forms: name -> a function that does the work once and waits for its end.
     claims: (claim, form a, form b, "lower" or "higher"), stated beforehand.
     data: what was worked on, shown as it is.
+    bytes: form -> temporary memory that its program asks for, where known.
     source: where the claim comes from.
     notes: for the reader.
     clock: gives seconds; `time.process_time` those of the processor alone.
@@ -63,6 +67,7 @@ class Benchmark:
   forms: Mapping[str, Callable[[], Any]]
   claims: Sequence[tuple[str, str, str, str]] = ()
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   source: str = "kd_jax"
   notes: Sequence[str] = ()
   clock: Callable[[], float] = time.perf_counter
@@ -107,9 +112,16 @@ def result(
     form: [t / b for t, b in zip(taken, base, strict=True)]
     for form, taken in medians.items()
   }
+
+  def sizes(form: str, times: int) -> dict[str, list[float]]:
+    if form not in bench.bytes:
+      return {}
+    return {"temporary MiB": [bench.bytes[form] / 2**20] * times}
+
   time_of = "time" if bench.clock is time.perf_counter else "processor time"
   metric = {"name": time_of, "unit": f"in that of: {bench.base}"}
   settings = "".join(f"{k}={v} " for k, v in bench.environment.items())
+
   return _common.result(
     title=bench.title,
     command=f"{settings}python -m benchmarks.run {name}",
@@ -122,7 +134,10 @@ def result(
       {
         "name": form,
         "values": ratios[form],
-        "details": {"milliseconds": [1e3 * t for t in taken]},
+        "details": {
+          "milliseconds": [1e3 * t for t in taken],
+          **sizes(form, len(taken)),
+        },
       }
       for form, taken in medians.items()
     ],
@@ -166,6 +181,8 @@ def main() -> None:
     )
     found = result(name, bench, medians, options.rounds, time.time() - begin)
     _common.show(found, options.json)
+    for form, count in bench.bytes.items():
+      print(f"{form}: {count / 2**20:,.0f} MiB of temporary memory")
 
 
 if __name__ == "__main__":

@@ -26,15 +26,21 @@ class Term:
       False count neither in the sum nor in the mean's denominator.
     weight: scalar that multiplies the mean. May be traced: a schedule is a
       weight that depends on the step.
+    count: scalar or None. If given, `value` is a scalar already: the sum of
+      this many entries, as `losses.linear_divergence_sum` gives it. It is the
+      mean's denominator, taken as a constant, and `where` stays None.
   """
 
   value: jax.Array
   where: jax.Array | None = None
   weight: ArrayLike = 1.0
+  count: ArrayLike | None = None
 
 
 def sum_and_count(
-  value: jax.Array, where: jax.Array | None = None
+  value: jax.Array,
+  where: jax.Array | None = None,
+  count: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The sum of the valid entries and how many they are.
 
@@ -42,18 +48,29 @@ def sum_and_count(
     value: [...] float, per-example values.
     where: [...] bool of the same shape. Masked entries are selected away
       before the sum, so a NaN there reaches neither value nor gradient.
+    count: scalar, if `value` is the scalar sum of so many entries already.
 
   Returns:
     (float32 sum, float32 count), both scalars.
 
   Raises:
     TypeError: if `value` is not floating point or `where` is not boolean.
-    ValueError: if the shapes differ.
+    ValueError: if the shapes differ, or there is a count and `value` or it is
+      no scalar, or there is a mask beside it.
   """
   value = jnp.asarray(value)
   if not jnp.issubdtype(value.dtype, jnp.floating):
     raise TypeError(f"value has dtype {value.dtype}; it should be a float")
   value = value.astype(jnp.float32)
+  if count is not None:
+    if where is not None:
+      raise ValueError("count and where are given; it should be one of the two")
+    for name, x in (("value", value), ("count", count)):
+      if jnp.shape(x):
+        raise ValueError(
+          f"{name} has shape {jnp.shape(x)}; with a count it should be a scalar"
+        )
+    return value, lax.stop_gradient(jnp.asarray(count, jnp.float32))
   if where is None:
     return jnp.sum(value), jnp.asarray(value.size, jnp.float32)
   where = jnp.asarray(where)
@@ -70,7 +87,8 @@ def sum_and_count(
 
 def divide(total: jax.Array, count: jax.Array) -> jax.Array:
   """`total / count`, and exactly 0 where nothing was counted."""
-  return jnp.where(count > 0, total / jnp.maximum(count, 1.0), 0.0)
+  none = count == 0
+  return jnp.where(none, 0.0, total / jnp.where(none, 1.0, count))
 
 
 def masked_mean(
@@ -124,10 +142,13 @@ def total(
   """
   if not terms:
     raise ValueError("terms is empty; it should hold at least one Term")
-  means = {
-    name: masked_mean(term.value, term.where, axis_name=axis_name)
+  pairs = {
+    name: sum_and_count(term.value, term.where, term.count)
     for name, term in terms.items()
   }
+  if axis_name is not None:
+    pairs = lax.psum(pairs, axis_name)
+  means = {name: divide(*pair) for name, pair in pairs.items()}
   loss = sum(terms[name].weight * mean for name, mean in means.items())
   return jnp.asarray(loss, jnp.float32), means
 

@@ -64,7 +64,37 @@ def test_total_weighs_means_that_have_their_own_counts():
   assert {k: float(v) for k, v in means.items()} == {"a": 2.0, "b": 7.0}
 
 
+def test_a_sum_with_a_count_is_the_mean_of_its_entries():
+  value = np.arange(16, dtype=np.float32).reshape(8, 2)
+  where = np.arange(16).reshape(8, 2) % 3 == 0
+
+  def means(value, where):
+    sums = Term(jnp.sum(jnp.where(where, value, 0)), count=where.sum())
+    terms = {"entries": Term(value, where=where), "sum": sums}
+    return reduce.total(terms, axis_name="i")
+
+  loss, found = jax.vmap(means, axis_name="i")(value, where)
+  np.testing.assert_allclose(found["sum"], value[where].mean(), rtol=1e-6)
+  np.testing.assert_allclose(found["sum"], found["entries"], rtol=1e-6)
+  np.testing.assert_allclose(loss, 2 * value[where].mean(), rtol=1e-6)
+
+
+def test_counts_may_be_none_at_all_or_sums_of_small_weights():
+  mean = lambda total, count: reduce.divide(
+    *reduce.sum_and_count(jnp.float32(total), count=count)
+  )
+  assert mean(1.0, 0.25) == 4.0
+  assert jnp.isnan(mean(1.0, jnp.nan))  # not hidden behind a 0
+  value, grad = jax.value_and_grad(mean)(3.0, 0)
+  assert value == grad == 0.0
+
+
 def test_wrong_terms_are_named():
+  for wrong, count in ((jnp.zeros(3), 3), (jnp.zeros(()), jnp.ones(3))):
+    with pytest.raises(ValueError, match=r"has shape \(3,\); with a count"):
+      reduce.sum_and_count(wrong, count=count)
+  with pytest.raises(ValueError, match="count and where"):
+    reduce.sum_and_count(jnp.zeros(()), jnp.ones((), bool), 1)
   with pytest.raises(ValueError, match="terms is empty"):
     reduce.total({})
   with pytest.raises(ValueError, match=r"where has shape \(2,\).*\(3,\)"):

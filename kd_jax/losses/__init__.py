@@ -2,8 +2,9 @@
 
 Every loss takes student, teacher, then labels by position and the rest by
 keyword, computes in float32, and returns one float32 value per example; the
-plain mean is the loss of the paper. Nothing inside stops a gradient: wrap the
-teacher in `jax.lax.stop_gradient` to freeze it.
+plain mean is the loss of the paper. `linear_divergence_sum` alone returns a
+sum over the examples. Nothing inside stops a gradient: wrap the teacher in
+`jax.lax.stop_gradient` to freeze it.
 """
 
 from kd_jax.losses.activations import (
@@ -44,6 +45,7 @@ from kd_jax.losses.features import (
 )
 from kd_jax.losses.linear_heads import (
   linear_divergence as linear_divergence,
+  linear_divergence_sum as linear_divergence_sum,
 )
 from kd_jax.losses.logits import (
   cross_entropy as cross_entropy,

@@ -92,7 +92,7 @@ def make_step(
     if clash:
       raise ValueError(f"Aux.metrics repeats the names {sorted(clash)}")
     both = {
-      name: reduce.sum_and_count(term.value, term.where)
+      name: reduce.sum_and_count(term.value, term.where, term.count)
       for name, term in {**terms, **reported}.items()
     }
     sums = {name: pair[0] for name, pair in both.items()}

@@ -52,6 +52,55 @@ def test_microbatches_give_the_step_of_the_whole_batch(problem, same, parts):
   same(split[1], whole[1])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_sum_over_tokens_is_a_mean_over_all_of_them(same, parts):
+  """On two devices; each part of the batch has another number of tokens."""
+  rng = np.random.default_rng(0)
+  params = {
+    "student": {
+      "body": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+      "head": jnp.asarray(rng.normal(size=(3, 7)), jnp.float32),
+    }
+  }
+  frozen = {"head": jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)}
+  batch = {
+    "x": jnp.asarray(rng.normal(size=(8, 5, 4)), jnp.float32),
+    "valid": np.arange(5) < np.array([5, 1, 2, 0, 3, 1, 4, 5])[:, None],
+  }
+  optimizer = optax.sgd(0.1)
+
+  def step(per_token, **options):
+    def loss_fn(params, model_state, frozen, batch, key):
+      where = batch["valid"]
+      kind = "linear_divergence" if per_token else "linear_divergence_sum"
+      value = getattr(losses, kind)(
+        batch["x"] @ params["student"]["body"],
+        params["student"]["head"],
+        *(batch["x"], frozen["head"]),
+        divergence=losses.logit_mse,
+        chunk_size=3,
+        where=where,
+      )
+      known = {"where": where} if per_token else {"count": where.sum()}
+      return {"soft": Term(value, weight=0.5, **known)}, train.Aux(model_state)
+
+    return train.make_step(loss_fn, optimizer, **options)
+
+  state = train.init_state(params, optimizer, jax.random.key(0))
+  whole, expected = jax.jit(step(True))(state, frozen, batch)
+  divided = jax.tree.map(lambda x: jnp.reshape(x, (2, 4, *x.shape[1:])), batch)
+  moved, metrics = jax.jit(
+    jax.vmap(
+      lambda batch: step(False, microbatches=parts)(
+        state, frozen, batch, axis_name="i"
+      ),
+      axis_name="i",
+    )
+  )(divided)
+  on_both = jax.tree.map(lambda x: jnp.stack([x, x]), (whole.params, expected))
+  same((moved.params, metrics), on_both)
+
+
 def test_microbatches_that_do_not_divide_are_named(problem):
   with pytest.raises(ValueError, match="microbatches is 3.*16"):
     problem.step(microbatches=3)(
