@@ -27,6 +27,8 @@ NAMES: dict[str, tuple[str, ...]] = {
   "floor_mlp": ("step_floor", "mlp"),
   "floor_conv": ("step_floor", "conv"),
   "floor_vit": ("step_floor", "vit"),
+  "sweep_small": ("sweep", "small"),
+  "sweep_mlp": ("sweep", "mlp"),
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
 }

@@ -71,6 +71,12 @@ from kd_jax.train.study import (
   Study as Study,
   use_devices as use_devices,
 )
+from kd_jax.train.sweeps import (
+  grid as grid,
+  setting as setting,
+  sweep as sweep,
+  sweep_state as sweep_state,
+)
 from kd_jax.train.workdir import (
   check_branch as check_branch,
   check_workdir as check_workdir,
