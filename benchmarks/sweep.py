@@ -23,7 +23,7 @@ CLASSES, BATCH = 10, 128
 
 # name -> (teacher's hidden layers, student's, steps in a round, steps a call)
 SIZES: dict[str, Any] = {
-  "small": ((300, 300), (100, 100), 100, (1, 100)),
+  "small": ((300, 300), (100, 100), 20, (1, 10)),
   "mlp": ((1200, 1200), (800, 800), 4, (1,)),
 }
 

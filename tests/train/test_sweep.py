@@ -14,9 +14,7 @@ from kd_jax.reduce import Term
 from kd_jax.train.workdir import read_metrics
 
 WIDTH = 17  # of the teacher alone
-STUDENT = models.from_linen(
-  models.MLP(hidden=(8,), num_classes=3, input_dropout=0.25)
-)
+STUDENT = models.from_linen(models.MLP(hidden=(8,), num_classes=3))
 TEACHER = models.from_linen(models.MLP(hidden=(WIDTH,), num_classes=3))
 HPARAMS = {
   "temperature": np.float32([1.0, 4.0, 2.5]),
@@ -34,10 +32,10 @@ def optimizer(hparams):
   )
 
 
-def loss_fn(params, model_state, frozen, batch, key, student=STUDENT):
+def loss_fn(params, model_state, frozen, batch, key):
   hparams = frozen["hparams"]
   variables = {"params": params["model"], "state": model_state["model"]}
-  out, state = student.apply(variables, batch["x"], train=True, key=key)
+  out, state = STUDENT.apply(variables, batch["x"], train=True, key=key)
   soft = losses.kl(
     out.logits, batch["teacher_logits"], temperature=hparams["temperature"]
   )
@@ -46,7 +44,10 @@ def loss_fn(params, model_state, frozen, batch, key, student=STUDENT):
     "soft": Term(soft, weight=hparams["soft_weight"]),
     "hard": Term(hard, where=batch["valid"]),
   }
-  return terms, train.Aux(model_state={"model": state}, metrics={"twice": hard})
+  drawn = jnp.full(len(hard), jax.random.uniform(key))
+  return terms, train.Aux(
+    model_state={"model": state}, metrics={"drawn": drawn}
+  )
 
 
 def ask(frozen, batch):
@@ -54,19 +55,21 @@ def ask(frozen, batch):
   return {**batch, "teacher_logits": logits}
 
 
-def asking(params, model_state, frozen, batch, key, student=STUDENT):
+def asking(params, model_state, frozen, batch, key):
   batch = ask(frozen, batch)
-  return loss_fn(params, model_state, frozen, batch, key, student)
+  return loss_fn(params, model_state, frozen, batch, key)
 
 
-def start(hparams):
+def start(hparams, extra=None):
   key = jax.random.key(hparams["seed"])
   variables = STUDENT.init(key, jnp.zeros((1, 4)))
+  params, state = ({"model": variables[x]} for x in ("params", "state"))
   return train.init_state(
-    {"model": variables["params"]},
+    params,
     optimizer(hparams),
     jax.random.fold_in(key, 1),
-    model_state={"model": variables["state"]},
+    model_state=state,
+    extra=extra and extra.start(params, state),
   )
 
 
@@ -100,7 +103,7 @@ def steps(
       batch = {name: np.stack([row[name] for row in rows]) for name in batch}
     state, metrics = runner(state, frozen, runner.shard(batch))
     found.append(jax.device_get(metrics))
-  assert how == "pmap" or runner._run._cache_size() == 1
+  assert devices > 1 or runner._run._cache_size() == 1
   whole = {}
   for name in found[0]:
     values = [metrics[name] for metrics in found]
@@ -127,7 +130,8 @@ def check(found, alone, same, exact=False):
       same(getattr(mine, name), getattr(one, name), exact=exact)
     keys = [jax.random.key_data(x.key) for x in (mine, one)]
     same(*keys, exact=True)
-    for name, values in own.items():
+    for name in {*own} & {*metrics}:
+      values = own[name]
       same(metrics[name] if name == "ok" else metrics[name][:, k], values)
 
 
@@ -143,35 +147,22 @@ def test_map_gives_the_bits_of_runs_alone(problem, same, alone):
 @pytest.mark.parametrize(
   "how,options",
   [
+    ("vmap", {}),
     ("vmap", {"devices": 8, "steps_per_call": 5}),
     ("vmap", {"devices": 4, "how": "pmap"}),
     ("vmap", {"devices": 6, "peers": 3}),
     ("map", {"devices": 2}),
   ],
 )
-def test_devices_give_the_numbers_of_runs_alone(problem, same, how, options):
-  # Without dropout, whose draws pmap makes on each device for itself.
-  plain = models.from_linen(models.MLP(hidden=(8,), num_classes=3))
-  step = train.sweep(
-    functools.partial(loss_fn, student=plain),
-    optimizer,
-    shared=ask,
-    how=how,
-  )
+def test_vmap_and_devices_give_the_numbers_of_runs_alone(
+  problem, same, alone, how, options
+):
+  step = train.sweep(loss_fn, optimizer, shared=ask, how=how)
   state = train.sweep_state(start, HPARAMS)
   state, metrics = steps(problem, step, state, HPARAMS, **options)
-  one = train.make_step(functools.partial(asking, student=plain), optimizer)
-  own = setting_of(HPARAMS, 1)
-  want, found = steps(problem, one, start(own), own)
-  same(train.setting(state, 1).params, want.params)
-  for name in ("loss", "soft", "hard", "twice", "grad_norm"):
-    same(metrics[name][:, 1], found[name])
-
-
-def test_vmap_gives_the_numbers_of_runs_alone(problem, same, alone):
-  step = train.sweep(loss_fn, optimizer, shared=ask)
-  state = train.sweep_state(start, HPARAMS)
-  check(steps(problem, step, state, HPARAMS), alone, same)
+  if "how" in options:  # with pmap each device draws for itself
+    del metrics["drawn"]
+  check((state, metrics), alone, same)
 
 
 def dots(jaxpr, times=1):
@@ -197,13 +188,13 @@ def test_the_teacher_is_asked_once(problem, how):
   hidden = [times for shape, times in found if shape == (16, WIDTH)]
   assert hidden == [1]
   student = [(shape, times) for shape, times in found if shape[-2:] == (16, 8)]
-  assert student == [((3, 16, 8), 1) if how == "vmap" else ((16, 8), 3)]
+  assert set(student) == {((3, 16, 8), 1) if how == "vmap" else ((16, 8), 3)}
 
 
 def test_settings_on_devices_of_their_own_exchange_no_weights(problem):
   runner = train.compile(
     train.gather_batch(train.sweep(loss_fn, optimizer, shared=ask)),
-    devices=jax.devices()[:3],
+    devices=jax.devices()[:6],
     peers=3,
   )
   state = runner.replicate(train.sweep_state(start, HPARAMS))
@@ -211,7 +202,7 @@ def test_settings_on_devices_of_their_own_exchange_no_weights(problem):
   batch = runner.shard(problem.batches()(0))
   lowered = runner._run.lower(state, frozen, batch)
   for line in lowered.compile().as_text().splitlines():
-    if re.search("= .*(all-gather|all-reduce|all-to-all|permute)[(]", line):
+    if re.search("= .*(all-gather|all-to-all|permute)[(]", line):
       shapes = re.findall(r"\w+\[([\d,]*)\]", line.split("(")[0])
       sizes = [np.prod([int(n) for n in x.split(",") if n]) for x in shapes]
       assert max(sizes) <= COUNT, line  # metrics, and whether they are finite
@@ -261,7 +252,8 @@ def test_a_setting_that_is_not_finite_is_named_and_holds_all(
   with pytest.raises(FloatingPointError) as error:
     fit(problem, tmp_path, hparams)
   text = str(error.value)
-  assert text.startswith("step 1 is not finite in setting 1: loss[1] = ")
+  assert text.startswith("step 1 is not finite in setting 1: ")
+  assert "loss[1] = nan" in text and "Dense_" in text
   assert "loss[0]" not in text and "loss[2]" not in text
   state = fit(problem, tmp_path, hparams, num_steps=1)  # as it was saved
   assert int(state.step) == 1 and int(state.skipped) == 0
@@ -274,22 +266,22 @@ def test_a_setting_that_is_not_finite_is_named_and_holds_all(
 def test_options_and_what_is_beside_the_parameters(problem, same):
   options = {"clip_norm": 0.1, "microbatches": 2}
   extra = train.ema(0.5)
-
-  def run(make, state, hparams):
-    step = train.with_extra(make, extra.update)
-    more = extra.start(state.params, state.model_state)
-    return steps(problem, step, state.replace(extra=more), hparams, count=2)[0]
-
-  many = run(
-    train.sweep(loss_fn, optimizer, shared=ask, how="map", **options),
-    train.sweep_state(start, HPARAMS),
-    HPARAMS,
-  )
+  begin = functools.partial(start, extra=extra)
   own = setting_of(HPARAMS, 2)
-  one = run(train.make_step(asking, optimizer, **options), start(own), own)
-  mine = train.setting(many, 2)
-  same(mine.params, one.params)
-  same(mine.extra, one.extra)
+  runs = [
+    steps(problem, train.with_extra(step, extra.update), state, hparams, 2)[0]
+    for step, state, hparams in (
+      (
+        train.sweep(loss_fn, optimizer, shared=ask, how="map", **options),
+        train.sweep_state(begin, HPARAMS),
+        HPARAMS,
+      ),
+      (train.make_step(asking, optimizer, **options), begin(own), own),
+    )
+  ]
+  mine = train.setting(runs[0], 2)
+  same(mine.params, runs[1].params)
+  same(mine.extra, runs[1].extra)
 
 
 def test_a_grid_is_every_combination():
