@@ -1,6 +1,6 @@
 """The training loop: progress, logs, evaluation, checkpoints, stopping."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import contextlib
 import json
 import os
@@ -224,7 +224,7 @@ def _diagnose(
     if not np.all(fine)
   ]
   of_settings = [~np.isfinite(x) for x in metrics.values() if np.ndim(x)]
-  settings = np.flatnonzero(np.any(of_settings, 0)) if of_settings else ()
+  settings = np.flatnonzero(np.any(of_settings, 0)) if of_settings else []
   where = f" in setting {_few(settings, ', ')}" if len(settings) else ""
   ids = np.asarray(batch.get("id", batch.get("index", []))).reshape(-1)
   return (
@@ -236,7 +236,7 @@ def _diagnose(
   )
 
 
-def _few(items: Sequence[Any], separator: str) -> str:
+def _few(items: Any, separator: str) -> str:
   return separator.join([*map(str, items[:8]), *["..."] * (len(items) > 8)])
 
 

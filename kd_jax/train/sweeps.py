@@ -124,13 +124,15 @@ def sweep(
       `frozen["hparams"]`: `lambda h: optax.adam(h["learning_rate"])`.
     shared: `shared(frozen, batch) -> batch`, called once for all settings: it
       adds to the batch what does not depend on them, with a leading axis
-      [batch]. A teacher's place; with "map" one that `loss_fn` asks is asked
-      anew for each setting.
-    how: "vmap" makes batched operations of those of one setting. It is for
-      accelerators and many small students, and equals runs of one setting up
-      to rounding. "map" takes the settings one after the other within the
-      program; it needs the working memory of one, and on a CPU gives the bits
-      of a run of that setting alone. On a CPU both are slow for convolutions.
+      [batch]. The place for a teacher and for random views: what `loss_fn`
+      computes is computed anew for each setting.
+    how: "vmap" makes batched operations of those of one setting; the numbers
+      are those of runs of one setting up to rounding. "map" takes the settings
+      one after the other within the program; it needs the working memory of
+      one, and on a CPU the weights have the bits of a run of that setting
+      alone (reported metrics may differ in the last one). It copies each
+      setting's weights in and out, which large students feel. On a CPU both
+      are slow for convolutions.
     microbatches: see `make_step`.
     clip_norm: see `make_step`; the norm is that of each setting.
     max_skipped: see `make_step`; a skipped step is skipped by all.
@@ -202,10 +204,15 @@ def sweep(
     if shared is not None:
       batch = shared(frozen, batch)
 
-    def one(state: TrainState, frozen: Any) -> Any:
-      return gradients(state, frozen, batch, axis_name)
+    def one(state: TrainState, frozen: Any, *own: Batch) -> Any:
+      return gradients(state, frozen, own[0] if own else batch, axis_name)
 
-    return each(one, state, frozen)
+    if how == "map":
+      return each(one, state, frozen)
+    # A copy of the batch for each. With a common one, the product with the
+    # first layer's weights brings these in another layout and back.
+    copies = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
+    return each(one, state, frozen, jax.tree.map(copies, dict(batch)))
 
   def all_move(state: TrainState, frozen: Any, *more: Any) -> TrainState:
     def one(*args: Any) -> Any:
