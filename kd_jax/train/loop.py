@@ -224,7 +224,7 @@ def _diagnose(
     if not np.all(fine)
   ]
   of_settings = [~np.isfinite(x) for x in metrics.values() if np.ndim(x)]
-  settings = np.flatnonzero(np.any(of_settings, 0)) if of_settings else []
+  settings: Any = np.flatnonzero(np.any(of_settings, 0)) if of_settings else ()
   where = f" in setting {_few(settings, ', ')}" if len(settings) else ""
   ids = np.asarray(batch.get("id", batch.get("index", []))).reshape(-1)
   return (
