@@ -29,6 +29,8 @@ NAMES: dict[str, tuple[str, ...]] = {
   "floor_vit": ("step_floor", "vit"),
   "floor_mutual": ("other_floors", "mutual"),
   "floor_taps": ("other_floors", "taps"),
+  "sweep_small": ("sweep", "small"),
+  "sweep_mlp": ("sweep", "mlp"),
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
   "cache": ("cache",),

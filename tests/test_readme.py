@@ -4,10 +4,13 @@ import pathlib
 import re
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from kd_jax import catalogue, losses
+from kd_jax import catalogue, losses, models, train
+from kd_jax.reduce import Term
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,6 +59,31 @@ def test_the_composition_example_runs():
     losses.kl(z[1], z[0], temperature=4.0),
     rtol=1e-4,
   )
+
+
+def test_the_sweep_example_runs():
+  model = models.from_linen(models.MLP(hidden=(4,), num_classes=3))
+  images = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+
+  def loss_fn(params, model_state, frozen, batch, key):
+    variables = {"params": params["model"], "state": {}}
+    soft = losses.kl(
+      model.apply(variables, batch["image"])[0].logits,
+      batch["teacher_logits"],
+      temperature=frozen["hparams"]["temperature"],
+    )
+    return {"soft": Term(soft)}, train.Aux(model_state)
+
+  scope = {
+    **{"jax": jax, "optax": optax, "train": train, "loss_fn": loss_fn},
+    **{"model": model, "teacher": model, "example": images[:1], "steps": 2},
+    "teacher_variables": model.init(jax.random.key(9), images[:1]),
+    "batches": lambda step: {"image": images},
+  }
+  exec(compile(blocks("python")[3], "README.md", "exec"), scope)
+  assert scope["states"].key.shape == (8,) and scope["best"].step == 2
+  kernel = scope["best"].params["model"]["Dense_0"]["kernel"]
+  assert kernel.shape == (5, 4)
 
 
 def test_the_catalogue_lists_every_loss():

@@ -74,6 +74,12 @@ from kd_jax.train.study import (
   Study as Study,
   use_devices as use_devices,
 )
+from kd_jax.train.sweeps import (
+  grid as grid,
+  setting as setting,
+  sweep as sweep,
+  sweep_state as sweep_state,
+)
 from kd_jax.train.traffic import (
   Collective as Collective,
   collectives as collectives,

@@ -58,7 +58,9 @@ def fit(
     num_steps: the step at which to stop.
     workdir: where `checkpoints/`, `metrics.jsonl` and TensorBoard events go.
       None writes nothing (and cannot resume).
-    evaluate: `evaluate(state) -> scalars`, at `eval_every` and at the end.
+    evaluate: `evaluate(state) -> scalars`, at `eval_every` and at the end. An
+      array has a number for each setting of a `sweep`; it is logged as
+      `name[0]`, `name[1]`, ..., as the step's metrics are.
     eval_every: between evaluations: 500, "500 steps", "2 epochs" or
       "10 minutes"; None is only at the end.
     save_every: between checkpoints, likewise.
@@ -73,8 +75,8 @@ def fit(
 
   Raises:
     FloatingPointError: if the loss or a gradient is not finite; names the
-      step, the terms, the first bad leaf and the examples. The last good state
-      is saved.
+      step, the setting of a `sweep`, the terms, the first bad leaf and the
+      examples. The last good state is saved.
     CheckpointError: if checkpoints cannot be written or none can be trusted.
     SystemExit: with code 143 after SIGTERM, once the state is saved.
     ValueError: if a period is not one, or num_steps not positive.
@@ -149,7 +151,8 @@ def fit(
       for (begin, inputs, _), metrics in zip(
         calls, jax.device_get([call[2] for call in calls]), strict=True
       ):
-        metrics = {name: np.atleast_1d(x) for name, x in metrics.items()}
+        if runner.steps_per_call == 1:
+          metrics = {name: np.asarray(x)[None] for name, x in metrics.items()}
         if not metrics["ok"].all():
           good = runner.unreplicate(state)
           at = int(good.step)
@@ -158,11 +161,13 @@ def fit(
           raise FloatingPointError(message)
         for i, batch in enumerate(inputs):
           if writer is not None and logs.due(begin + i + 1):
-            scalars = {k: v[i] for k, v in metrics.items() if k != "ok"}
+            scalars = _scalars(
+              {k: v[i] for k, v in metrics.items() if k != "ok"}
+            )
             ids = batch["id"] if "id" in batch else batch.get("index")
             extra = {} if ids is None else {"ids": hash_ids(ids)}
             writer.write(begin + i + 1, scalars, **extra)
-        bar.advance(begin + len(inputs), metrics["loss"][-1])
+        bar.advance(begin + len(inputs), np.mean(metrics["loss"][-1]))
       settled = time.monotonic()
 
     while step < num_steps:
@@ -187,7 +192,7 @@ def fit(
       if due_eval or due_save or stopped:
         settle()
       if due_eval:
-        scalars = dict(evaluate(runner.unreplicate(state)))  # type: ignore[misc]
+        scalars = _scalars(evaluate(runner.unreplicate(state)))  # type: ignore[misc]
         if writer is not None:
           writer.write(step, scalars)
         bar.note(step, scalars)
@@ -214,25 +219,45 @@ def _diagnose(
   runner: Runner, state: Any, frozen: Any, batch: Mapping[str, Any], step: int
 ) -> str:
   """One line that says where the first non-finite number is."""
-  leaves, metrics = runner.bad_leaves(state, frozen, dict(batch))
+  leaves, metrics = jax.device_get(
+    runner.bad_leaves(state, frozen, dict(batch))
+  )
   terms = [
-    f"{name} = {float(x)}"
-    for name, x in metrics.items()
-    if not np.isfinite(float(x))
+    f"{name} = {x}"
+    for name, x in _scalars(metrics).items()
+    if not np.isfinite(x)
   ]
   bad = [
     jax.tree_util.keystr(path, simple=True, separator="/")
     for path, fine in jax.tree_util.tree_leaves_with_path(leaves)
-    if not fine
+    if not np.all(fine)
   ]
+  of_settings = [~np.isfinite(x) for x in metrics.values() if np.ndim(x)]
+  settings: Any = np.flatnonzero(np.any(of_settings, 0)) if of_settings else ()
+  where = f" in setting {_few(settings, ', ')}" if len(settings) else ""
   ids = np.asarray(batch.get("id", batch.get("index", []))).reshape(-1)
-  shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
   return (
-    f"step {step} is not finite: {'; '.join(terms) or 'loss is finite'}; first "
-    f"bad gradient: {bad[0] if bad else 'none, but their norm overflows'}; "
-    f"examples {shown}. The update was not made; the state of step {step} "
-    "is saved"
+    f"step {step} is not finite{where}: "
+    f"{_few(terms, '; ') or 'loss is finite'}; first bad gradient: "
+    f"{bad[0] if bad else 'none, but their norm overflows'}; examples "
+    f"{_few(ids, ', ')}. The update was not made; the state of step {step} is "
+    "saved"
   )
+
+
+def _few(items: Any, separator: str) -> str:
+  return separator.join([*map(str, items[:8]), *["..."] * (len(items) > 8)])
+
+
+def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
+  """Numbers by name: what has one for each setting becomes `name[0]`, ..."""
+  found: dict[str, float] = {}
+  for name, value in values.items():
+    if np.ndim(value):
+      found |= {f"{name}[{k}]": float(x) for k, x in enumerate(value)}
+    else:
+      found[name] = float(value)
+  return found
 
 
 class _Progress:

@@ -37,8 +37,8 @@ class Runner:
     devices: the devices used.
     steps_per_call: how many steps one call makes. Above 1, batches have a
       further leading axis of that length, and so have the metrics.
-    peers: over how many groups of devices the peers of a stacked cohort are
-      spread.
+    peers: over how many groups of devices the peers of a stacked cohort, or
+      the settings of a sweep, are spread.
     sharded: which parts of `frozen` are split over the devices.
   """
 
@@ -266,9 +266,10 @@ def compile(
     steps_per_call: steps per dispatch; above 1 they are scanned on the device,
       which pays for tiny models. On CPU, a convolution's weight gradient is
       slow inside a scan.
-    peers: for stacked cohorts (`models.stacked`, `by_peer`): a mesh axis over
-      which the peers are spread. Each group of devices holds and trains its
-      own share of them, and they exchange logits only.
+    peers: for stacked cohorts (`models.stacked`, `by_peer`) and the settings of
+      a `sweep`: a mesh axis over which they are spread. Each group of devices
+      holds and trains its own share of them; peers exchange logits only,
+      settings nothing.
     sharded: for "jit", names of parts of `frozen` of which each device keeps a
       share, such as ("teacher",); `split_specs` says which arrays, and
       `split_bytes` what that saves. The step gathers each array before it is

@@ -6,7 +6,7 @@ keeps a non-finite update out of the state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -39,11 +39,14 @@ LossFn = Callable[
   [Mapping[str, Any], Mapping[str, Any], Any, Batch, jax.Array],
   tuple[dict[str, reduce.Term], Aux],
 ]
+Optimizer: TypeAlias = (
+  optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
+)
 
 
 def make_step(
   loss_fn: LossFn,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   *,
   microbatches: int = 1,
   clip_norm: float | None = None,
@@ -56,7 +59,8 @@ def make_step(
       Aux)`, with `terms` a dict of `reduce.Term`. `batch` also holds `step`,
       the scalar step. The loss is the weighted sum of the terms' global means.
       Nothing here stops a gradient: `loss_fn` says what is a teacher.
-    optimizer: an optax transformation.
+    optimizer: an optax transformation, or a function that makes it of
+      `frozen["hparams"]`, so that no learning rate is compiled in.
     microbatches: the batch is taken in this many parts, with the gradient of
       the whole (exactly: masks count over the whole batch).
     clip_norm: gradients are scaled down to this global norm.
@@ -72,6 +76,22 @@ def make_step(
 
   Raises:
     ValueError: if `microbatches` is not positive or `clip_norm` not above 0.
+  """
+  gradients, move = parts_of_step(loss_fn, optimizer, microbatches, clip_norm)
+  return guarded(gradients, move, max_skipped)
+
+
+def parts_of_step(
+  loss_fn: LossFn,
+  optimizer: Optimizer,
+  microbatches: int,
+  clip_norm: float | None,
+) -> tuple[Callable[..., Any], Callable[..., TrainState]]:
+  """The two halves of a step, see `make_step`.
+
+  Returns:
+    `gradients(state, frozen, batch, axis_name) -> (grads, metrics,
+    model_state)` and `move(state, frozen, grads, norm, model_state) -> state`.
   """
   if microbatches < 1:
     raise ValueError(f"microbatches is {microbatches}; it should be positive")
@@ -176,7 +196,32 @@ def make_step(
         model_state,
       )
     means = {name: reduce.divide(sums[name], counts[name]) for name in sums}
-    return grads, {"loss": loss, **means}, model_state
+    metrics = {"loss": loss, **means, "grad_norm": optax.tree.norm(grads)}
+    return grads, metrics, model_state
+
+  def move(
+    state: TrainState, frozen: Any, grads: Any, norm: Any, model_state: Any
+  ) -> TrainState:
+    if clip_norm is not None:
+      scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+      grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+    made = optimizer(frozen["hparams"]) if callable(optimizer) else optimizer
+    updates, opt_state = made.update(grads, state.opt_state, state.params)
+    return state.replace(
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      model_state=model_state,
+    )
+
+  return gradients, move
+
+
+def guarded(
+  gradients: Callable[..., Any],
+  move: Callable[..., TrainState],
+  max_skipped: int,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The step of two halves, see `make_step`: no move if a number is bad."""
 
   def step(
     state: TrainState,
@@ -186,32 +231,20 @@ def make_step(
     axis_name: str | None = None,
   ) -> tuple[TrainState, Metrics]:
     grads, metrics, model_state = gradients(state, frozen, batch, axis_name)
-    norm = optax.tree.norm(grads)
+    norm = metrics["grad_norm"]
     # The squares in the norm overflow where Adam's second moment would.
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    finite = (jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)).all()
     frozen_for_good = state.skipped > max_skipped
 
     def moved(state: TrainState) -> TrainState:
-      clipped = grads
-      if clip_norm is not None:
-        scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
-        clipped = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-      updates, opt_state = optimizer.update(
-        clipped, state.opt_state, state.params
-      )
-      return state.replace(
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        model_state=model_state,
-      )
+      return move(state, frozen, grads, norm, model_state)
 
     skipped = state.skipped + (~finite & ~frozen_for_good).astype(jnp.int32)
     alive = skipped <= max_skipped
     new = change_if(finite & ~frozen_for_good, moved, state).replace(
       step=state.step + alive.astype(jnp.int32), skipped=skipped
     )
-    metrics = {**metrics, "grad_norm": norm, "ok": alive.astype(jnp.float32)}
-    return new, metrics
+    return new, {**metrics, "ok": alive.astype(jnp.float32)}
 
   def bad_leaves(
     state: TrainState,
