@@ -21,8 +21,8 @@ from kd_jax import train
 
 # name -> (teacher's hidden layers, student's, steps in a round)
 SIZES: dict[str, Any] = {
-  "small": ((300, 300), (100, 100), 500),
-  "large": ((1200, 1200), (800, 800), 100),
+  "small": ((300, 300), (100, 100), 2000),
+  "large": ((1200, 1200), (800, 800), 300),
 }
 
 
