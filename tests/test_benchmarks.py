@@ -102,4 +102,5 @@ def test_the_result_says_which_clock_and_which_environment():
   )
   found = run.result("peers_mlp", bench, {"a": [2.0]}, 3, 1.0)
   assert found["metric"]["name"] == "processor time"
-  assert found["command"] == "NPROC=1 python -m benchmarks.run peers_mlp"
+  command = "NPROC=1 python -m benchmarks.run peers_mlp --processor"
+  assert found["command"] == command
