@@ -35,7 +35,7 @@ from benchmarks import torch_twins
 
 RATE, MOMENTUM, CHECKED_STEPS = 0.01, 0.9, 3
 # XLA sizes its pool of threads by it, once, when it starts.
-_ENVIRONMENT = {"NPROC": "1"}
+ENVIRONMENT = {"NPROC": "1"}
 
 # What is known of a pair, for the reader.
 _NOTES = {
@@ -234,8 +234,9 @@ def check_same(
       )
 
 
-def benchmark(name: str) -> Benchmark:
-  for variable, value in _ENVIRONMENT.items():
+def check_threads() -> None:
+  """Gives PyTorch one thread, and stops if XLA has more."""
+  for variable, value in ENVIRONMENT.items():
     known = os.environ.get(variable)
     if known != value:
       raise SystemExit(
@@ -243,6 +244,10 @@ def benchmark(name: str) -> Benchmark:
         "starts, so that XLA has one thread"
       )
   torch.set_num_threads(1)
+
+
+def benchmark(name: str) -> Benchmark:
+  check_threads()
   shape, size, steps, teacher, student = PAIRS[name]
   batch = a_batch(shape, size)
   pair = networks(shape, teacher, student)
@@ -291,5 +296,5 @@ def benchmark(name: str) -> Benchmark:
       "torch": torch.__version__,
     },
     notes=notes,
-    environment=_ENVIRONMENT,
+    environment=ENVIRONMENT,
   )

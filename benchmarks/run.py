@@ -37,6 +37,8 @@ NAMES: dict[str, tuple[str, ...]] = {
   "peers_mlp": ("peers", "mlp"),
   "peers_conv": ("peers", "conv"),
   "peers_vit": ("peers", "vit"),
+  "peers_sweep_small": ("sweep", "small", "PyTorch"),
+  "peers_sweep_mlp": ("sweep", "mlp", "PyTorch"),
   "linear_kl": ("linear_divergence", "kl"),
   "linear_reverse_kl": ("linear_divergence", "reverse_kl"),
   "linear_jsd": ("linear_divergence", "jsd"),

@@ -3,12 +3,15 @@
 Eight students of one architecture differ in temperature, learning rate and
 initial weights; all see the same batches and one teacher. The base is a
 compiled distillation step that asks its teacher, run for one setting after the
-other. As one program, the teacher is asked once for all.
+other. As one program, the teacher is asked once for all. Beside PyTorch the
+base are eight runs there; `benchmarks.peers` checks that a step is the same.
 
 Run: python -m benchmarks.run sweep_small sweep_mlp
+     NPROC=1 python -m benchmarks.run peers_sweep_small peers_sweep_mlp
 """
 
 from collections.abc import Callable
+import time
 from typing import Any
 
 import jax
@@ -29,10 +32,38 @@ SIZES: dict[str, Any] = {
 
 
 def optimizer(hparams: Any) -> optax.GradientTransformation:
-  return optax.adam(hparams["learning_rate"])
+  return optax.sgd(hparams["learning_rate"], 0.9)
 
 
-def benchmark(size: str) -> Benchmark:
+def in_pytorch(
+  large: tuple[int, ...], small: tuple[int, ...], count: int, steps: int
+) -> Callable[[], None]:
+  """Some steps of each of so many students in PyTorch, eager."""
+  from benchmarks import peers
+
+  batch = peers.a_batch((784,), BATCH)
+  runs = []
+  for seed in range(count):
+    roles = (("mlp", {"hidden": hidden}) for hidden in (large, small))
+    pair = peers.networks((784,), *roles, seed=seed)
+    runs.append(peers.torch_step(pair, batch))
+
+  def work() -> None:
+    for run in runs:
+      for _ in range(steps):
+        run()
+
+  return work
+
+
+def benchmark(size: str, peer: str = "") -> Benchmark:
+  environment: dict[str, str] = {}
+  beside = f", beside {peer}" if peer else ""
+  if peer:
+    from benchmarks import peers
+
+    peers.check_threads()
+    environment = peers.ENVIRONMENT
   large, small, steps, calls = SIZES[size]
   rng = np.random.default_rng(0)
   batch = {
@@ -114,16 +145,20 @@ def benchmark(size: str) -> Benchmark:
     how: train.sweep(loss_fn, optimizer, shared=ask, how=how)
     for how in ("vmap", "map")
   }
-  base, forms = f"{count} runs, one after the other", {}
+  base = alone_name = f"{count} runs, one after the other"
+  forms: dict[str, Callable[[], Any]] = {}
+  if peer:
+    base = f"{count} runs in PyTorch"
+    forms[base] = in_pytorch(large, small, count, steps)
   for per_call in calls:
     more = f", {per_call} steps a call" if per_call > 1 else ""
-    forms[base + more] = form(alone, every, per_call)
+    forms[alone_name + more] = form(alone, every, per_call)
     for how, step in one.items():
       forms[f"one program, {how}{more}"] = form(
         step, [(state, hparams)], per_call
       )
   return Benchmark(
-    title=f"{count} settings as one program: {size} MLP",
+    title=f"{count} settings as one program: {size} MLP{beside}",
     base=base,
     forms=forms,
     claims=[
@@ -142,4 +177,6 @@ def benchmark(size: str) -> Benchmark:
       "batch size": BATCH,
       "steps in a round": steps,
     },
+    clock=time.process_time if peer else time.perf_counter,
+    environment=environment,
   )
