@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd_jax.losses import (
+  _batch as batch,
   _checks as checks,
   _numerics as numerics,
 )
@@ -97,7 +98,7 @@ def distances(x: ArrayLike, y: ArrayLike | None = None) -> jax.Array:
      [5. 0.]]
   """
   x, y = _pair(x, y)
-  return numerics.norm(x[:, None] - y[None, :])[..., 0]
+  return batch.by_row(lambda one: numerics.norm(one - y)[:, 0], y.size, x)
 
 
 def angles(x: ArrayLike, y: ArrayLike | None = None) -> jax.Array:

@@ -6,9 +6,14 @@ others. Gradients flow back through the exchange, so the sum over devices of
 the local losses has the gradient of the global one.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+# How many numbers an array may have where it has one of many for each example.
+_NUMBERS = 2**18
 
 
 def gather(axis_name: str | None, array: jax.Array) -> jax.Array:
@@ -47,3 +52,38 @@ def count(axis_name: str | None, where: jax.Array | None, n: int) -> jax.Array:
   """float32 scalar, the number of valid examples in the whole batch."""
   mask = jnp.ones(n, bool) if where is None else where
   return jnp.sum(gather(axis_name, mask), dtype=jnp.float32)
+
+
+def by_row(
+  function: Callable[..., jax.Array], numbers: int, *arrays: jax.Array
+) -> jax.Array:
+  """What a function gives for each row, with the memory of a few rows.
+
+  As `jax.vmap`, but for some rows at a time, and what the function computes on
+  the way is not kept: the gradient computes it again.
+
+  Args:
+    function: of one row of each array.
+    numbers: how many the function's largest array has.
+    *arrays: [n, ...], at least one.
+
+  Returns:
+    [n, ...].
+  """
+  n = arrays[0].shape[0]
+  chunks = -(-n // max(1, _NUMBERS // max(1, numbers)))
+  size = -(-n // max(1, chunks))
+  each = jax.checkpoint(
+    function if size == 1 else jax.vmap(function), prevent_cse=False
+  )
+  if size == 1:
+    return lax.map(lambda rows: each(*rows), arrays)
+
+  def split(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, [(0, size * chunks - n)] + [(0, 0)] * (x.ndim - 1))
+    # Every chunks-th row, not neighbours: where the rows are divided over
+    # devices, each has its share of every chunk then.
+    return x.reshape(size, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+  found = lax.map(lambda rows: each(*rows), tuple(map(split, arrays)))
+  return found.swapaxes(0, 1).reshape(size * chunks, *found.shape[2:])[:n]

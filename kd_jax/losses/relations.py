@@ -17,6 +17,7 @@ from kd_jax.losses import (
   _batch as batch,
   _checks as checks,
   _embeddings as embeddings,
+  _numerics as numerics,
 )
 
 
@@ -113,8 +114,9 @@ def rkd_angle(
   Beside `rkd_distance`, and usually the stronger of the two. The released code
   averages over all entries, also those where two of the three are the same
   example; the paper sums over triplets of distinct examples, of which this
-  takes the mean, as everywhere for sums over the batch. Memory is N^3 numbers,
-  and N^2 times the width for the directions.
+  takes the mean, as everywhere for sums over the batch. Time grows with N^3,
+  memory with N^2: middle examples are taken a few at a time, one from N = 512
+  on, and once more for the gradient.
 
   Args:
     student_embeddings: [batch, ...] any float dtype, flattened per example.
@@ -147,17 +149,55 @@ def rkd_angle(
   )
   pairs = batch.partners(axis_name, where, student.shape[0])
   total = batch.count(axis_name, where, student.shape[0])
-  triplets = pairs[:, :, None] & pairs[:, None, :]
+  everyone = [batch.gather(axis_name, x) for x in (student, teacher)]
+  size = pairs.shape[1]
+
+  def of_anchor(others: jax.Array, *middle: jax.Array) -> jax.Array:
+    # Those who are nobody's partner have no direction: all their gaps are 0.
+    directions = [
+      jnp.where(others[:, None], numerics.unit(x - y), 0.0)
+      for x, y in zip(everyone, middle, strict=True)
+    ]
+    return _sum_of_gaps(*directions, form == "paper", max(128, -(-size // 4)))
+
+  each = batch.by_row(of_anchor, size**2, pairs, student, teacher)
   number = total**2
   if form == "paper":
-    triplets &= ~jnp.eye(pairs.shape[1], dtype=bool)
     number = (total - 1.0) * (total - 2.0)
-  gaps = _huber(
-    relate.angles(student, batch.gather(axis_name, student))
-    - relate.angles(teacher, batch.gather(axis_name, teacher))
-  )
-  each = jnp.where(triplets, gaps, 0.0).sum((1, 2))
   return checks.masked(each / embeddings.at_least_one(number), where)
+
+
+def _sum_of_gaps(
+  student: jax.Array, teacher: jax.Array, distinct: bool, block: int
+) -> jax.Array:
+  """The sum of h(a_s - a_t) over all pairs of directions.
+
+  Args:
+    student: [n, student_width] directions.
+    teacher: [n, teacher_width] directions.
+    distinct: whether a direction is no pair with itself.
+    block: up to how many directions their pairs are computed at once.
+  """
+
+  def gaps(rows: slice, columns: slice) -> jax.Array:
+    return _huber(
+      relate.gram(student[rows], student[columns])
+      - relate.gram(teacher[rows], teacher[columns])
+    )
+
+  n = student.shape[0]
+  if n <= block:
+    found = gaps(slice(n), slice(n))
+    if distinct:
+      found = jnp.where(jnp.eye(n, dtype=bool), 0.0, found)
+    return found.sum()
+  # The pairs are symmetric: those between the halves are computed once.
+  first, second = slice(n // 2), slice(n // 2, n)
+  within = [
+    _sum_of_gaps(student[half], teacher[half], distinct, block)
+    for half in (first, second)
+  ]
+  return 2.0 * gaps(first, second).sum() + within[0] + within[1]
 
 
 def _huber(gap: jax.Array) -> jax.Array:
