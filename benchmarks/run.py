@@ -34,6 +34,7 @@ NAMES: dict[str, tuple[str, ...]] = {
   "loop_small": ("loop", "small"),
   "loop": ("loop", "large"),
   "cache": ("cache",),
+  "rkd_angle": ("relations",),
   "peers_mlp": ("peers", "mlp"),
   "peers_conv": ("peers", "conv"),
   "peers_vit": ("peers", "vit"),

@@ -220,6 +220,45 @@ def test_angle_memory():
   assert used < 4 * n**3 * width / 4
 
 
+def angle_gradient(student, teacher):
+  """Of the sum of the released angle loss for the student, in float64."""
+  n, total = len(student), np.zeros_like(student)
+  for j in range(n):
+    sides = []
+    for x in (student, teacher):
+      d = x - x[j]
+      length = np.sqrt((d**2).sum(-1, keepdims=True))
+      length[j] = 1.0
+      sides.append((d / length, length))
+    (e, length), (f, _) = sides
+    slope = np.clip(e @ e.T - f @ f.T, -1, 1)  # of the Huber function
+    to_e = 2 * slope @ e
+    to_d = (to_e - e * (e * to_e).sum(-1, keepdims=True)) / length
+    to_d[j] = 0.0
+    total += to_d
+    total[j] -= to_d.sum(0)
+  return total / n**2
+
+
+def test_angles_of_many_with_two_close_together():
+  """More than are taken at once, so that blocks and halves are seen."""
+  rng = np.random.default_rng(0)
+  student, teacher = rng.normal(size=(2, 150, 8)).astype(np.float32)
+  student[1] = student[0] + np.float32(1e-4)
+  grad = jax.jit(jax.grad(lambda s: relations.rkd_angle(s, teacher).sum()))
+  found = np.asarray(grad(student), np.float64)
+  wanted = angle_gradient(student.astype(float), teacher.astype(float))
+  assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
+
+
+def test_angles_take_the_memory_of_pairs():
+  n = 384
+  shape = jax.ShapeDtypeStruct((n, 16), jnp.float32)
+  loss = lambda s, t: relations.rkd_angle(s, t).sum()
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 10e6 < n**3 * 4 / 20
+
+
 @each
 def test_form(loss):
   x = embeddings(0, STUDENT)
