@@ -210,53 +210,89 @@ def test_feature_maps_are_flattened():
     relations.rkd_distance(student, teacher.reshape(5, 4))
 
 
-def test_angle_memory():
-  """N^3 numbers, not N^3 times the width, in the program with gradients."""
-  n, width = 64, 256
-  x = jax.ShapeDtypeStruct((n, width), jnp.float32)
-  loss = lambda s, t: relations.rkd_angle(s, t).sum()
-  compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, x).compile()
-  used = compiled.memory_analysis().temp_size_in_bytes
-  assert used < 4 * n**3 * width / 4
-
-
-def angle_gradient(student, teacher):
-  """Of the sum of the released angle loss for the student, in float64."""
-  n, total = len(student), np.zeros_like(student)
+def angles_at_once(student, teacher, form="released"):
+  """Values and both gradients of their sum in float64, by hand."""
+  sides = [np.asarray(x, np.float64) for x in (student, teacher)]
+  n = len(student)
+  number = n**2 if form == "released" else (n - 1) * (n - 2)
+  values, grads = np.zeros(n), [np.zeros_like(x) for x in sides]
   for j in range(n):
-    sides = []
-    for x in (student, teacher):
-      d = x - x[j]
-      length = np.sqrt((d**2).sum(-1, keepdims=True))
-      length[j] = 1.0
-      sides.append((d / length, length))
-    (e, length), (f, _) = sides
-    slope = np.clip(e @ e.T - f @ f.T, -1, 1)  # of the Huber function
-    to_e = 2 * slope @ e
-    to_d = (to_e - e * (e * to_e).sum(-1, keepdims=True)) / length
-    to_d[j] = 0.0
-    total += to_d
-    total[j] -= to_d.sum(0)
-  return total / n**2
+    lengths, directions = [], []
+    for x in sides:
+      length = np.linalg.norm(x - x[j], axis=1, keepdims=True)
+      lengths.append(np.where(length == 0, np.inf, length))
+      directions.append((x - x[j]) / lengths[-1])
+    gap = np.subtract(*(e @ e.T for e in directions))
+    if form == "paper":
+      np.fill_diagonal(gap, 0.0)
+    inside = np.clip(gap, -1, 1)
+    values[j] = (inside * (gap - inside / 2)).sum() / number
+    for grad, e, length, sign in zip(
+      grads, directions, lengths, (1, -1), strict=True
+    ):
+      slope = 2 * sign * inside @ e / number
+      moved = (slope - e * (slope * e).sum(1, keepdims=True)) / length
+      grad += moved
+      grad[j] -= moved.sum(0)
+  return values, grads
 
 
-def test_angles_of_many_with_two_close_together():
-  """More than are taken at once, so that blocks and halves are seen."""
-  rng = np.random.default_rng(0)
-  student, teacher = rng.normal(size=(2, 150, 8)).astype(np.float32)
-  student[1] = student[0] + np.float32(1e-4)
-  grad = jax.jit(jax.grad(lambda s: relations.rkd_angle(s, teacher).sum()))
-  found = np.asarray(grad(student), np.float64)
-  wanted = angle_gradient(student.astype(float), teacher.astype(float))
-  assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
+@each_form
+def test_two_float64_references_agree(form):
+  student, teacher = embeddings(0, STUDENT), embeddings(1, TEACHER)
+  exact = np.float64(student), np.float64(teacher)
+  values, grads = angles_at_once(*exact, form)
+  np.testing.assert_allclose(values, angle_reference(*exact, form))
+  want = references.gradient(
+    lambda x: angle_reference(x, exact[1], form), exact[0]
+  )
+  np.testing.assert_allclose(grads[0], want, rtol=1e-5, atol=1e-8)
 
 
-def test_angles_take_the_memory_of_pairs():
-  n = 384
-  shape = jax.ShapeDtypeStruct((n, 16), jnp.float32)
-  loss = lambda s, t: relations.rkd_angle(s, t).sum()
-  compiled = jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 10e6 < n**3 * 4 / 20
+@each_form
+def test_angles_of_a_batch_of_many_blocks(form):
+  """Some anchors at a time, and the pairs of each in blocks: neither shows."""
+  student, teacher = embeddings(0, (147, 3)), embeddings(1, (147, 4))
+  student[5] = student[4]  # gaps beyond 1
+  where = np.arange(147) % 7 != 2
+  values, grads = run(relations.rkd_angle, student, teacher, where, form=form)
+  expected, slopes = angles_at_once(student[where], teacher[where], form)
+  np.testing.assert_allclose(values[where], expected, rtol=1e-6)
+  np.testing.assert_array_equal(values[~where], 0.0)
+  for got, want in zip(grads, slopes, strict=True):
+    np.testing.assert_array_equal(got[~where], 0.0)
+    assert relational.relative_error(got[where], want) < 1e-6
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_angles_keep_their_digits_for_near_pairs(seed):
+  """A gap of 1e-4 beside distances of 10, of which 1e-8 is nothing left."""
+  student, teacher = embeddings(seed, (48, 64)), embeddings(seed + 9, (48, 64))
+  step = embeddings(seed + 7, 64)
+  student[1] = student[0] + 1e-4 * step / np.linalg.norm(step)
+  _, grads = run(relations.rkd_angle, student, teacher, form="released")
+  _, slopes = angles_at_once(student, teacher)
+  # What the two say of each other is 1e4 times larger than the rest, and part
+  # of it cancels.
+  assert relational.relative_error(grads[0][:2], slopes[0][:2]) < 1e-5
+  assert relational.relative_error(grads[0][2:], slopes[0][2:]) < 1e-6
+  assert relational.relative_error(grads[1], slopes[1]) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ("loss", "numbers"),
+  [
+    (relations.rkd_distance, 256**2 * 64),
+    (relations.rkd_angle, 256**3),
+  ],
+)
+def test_memory(loss, numbers):
+  """No array with a number for all that is computed, gradients included."""
+  x = jax.ShapeDtypeStruct((256, 64), jnp.float32)
+  total = lambda s, t: loss(s, t).sum()
+  compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, x).compile()
+  used = compiled.memory_analysis().temp_size_in_bytes
+  assert used < 4 * numbers / 6
 
 
 @each
