@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 # How many numbers an array may have where it has one of many for each example.
-_NUMBERS = 2**18
+_NUMBERS = 2**17
 
 
 def gather(axis_name: str | None, array: jax.Array) -> jax.Array:

@@ -115,8 +115,8 @@ def rkd_angle(
   averages over all entries, also those where two of the three are the same
   example; the paper sums over triplets of distinct examples, of which this
   takes the mean, as everywhere for sums over the batch. Time grows with N^3,
-  memory with N^2: middle examples are taken a few at a time, one from N = 512
-  on, and once more for the gradient.
+  memory with N^2: middle examples are taken a few at a time, in a large batch
+  one, and again for the gradient.
 
   Args:
     student_embeddings: [batch, ...] any float dtype, flattened per example.
@@ -154,11 +154,11 @@ def rkd_angle(
 
   def of_anchor(others: jax.Array, *middle: jax.Array) -> jax.Array:
     # Those who are nobody's partner have no direction: all their gaps are 0.
-    directions = [
+    to_s, to_t = (
       jnp.where(others[:, None], numerics.unit(x - y), 0.0)
       for x, y in zip(everyone, middle, strict=True)
-    ]
-    return _sum_of_gaps(*directions, form == "paper", max(128, -(-size // 4)))
+    )
+    return _sum_of_gaps(to_s, to_t, form == "paper", max(128, -(-size // 4)))
 
   each = batch.by_row(of_anchor, size**2, pairs, student, teacher)
   number = total**2
