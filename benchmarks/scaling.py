@@ -102,7 +102,7 @@ def result(
   ]
   return _common.result(
     title="One global batch on 1 to 8 simulated devices",
-    command=f"python -m benchmarks.scaling {' '.join(sys.argv[1:])}",
+    command="python -m benchmarks.scaling",
     data={
       "teacher": f"MLP {TEACHER}",
       "student": f"MLP {STUDENT}",
