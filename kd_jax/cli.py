@@ -10,13 +10,14 @@ touched), 143 stopped by SIGTERM with its state saved.
 from collections.abc import Callable, Mapping
 import difflib
 import errno
+import logging
 import os
 import pathlib
 import re
 import sys
 from typing import Any
 
-from absl import flags, logging
+from absl import flags, logging as absl_logging
 import jax
 from ml_collections import ConfigDict, config_flags
 
@@ -69,7 +70,7 @@ def main(
     config, workdir = _parse(argv, values)
   except BadInput as error:
     _leave(error)
-  logging.set_verbosity(logging.FATAL)  # orbax logs what it raises, and more
+  _mute_orbax()
   if values["distributed"].value:
     try:
       jax.distributed.initialize()
@@ -91,6 +92,24 @@ def main(
   except KeyboardInterrupt:
     print("interrupted; the same command goes on", file=sys.stderr)
     sys.exit(130)
+
+
+def _mute_orbax() -> None:
+  """Leaves one line to a save that failed: ours, and none in its middle.
+
+  Orbax logs what it raises, and more. After a failed save its other writes
+  have no event loop left to report to, each of which is a traceback from a
+  thread of its own.
+  """
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  hook = sys.unraisablehook
+
+  def without_late_writes(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
+
+  sys.unraisablehook = without_late_writes
 
 
 def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:

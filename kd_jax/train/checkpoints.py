@@ -169,6 +169,7 @@ class Checkpoints:
 
   def _cannot_write(self, error: Exception) -> CheckpointError:
     cause = str(error).rsplit('": ', 1)[-1]  # orbax names each of its files
+    cause = cause.partition(" [")[0]  # and tensorstore how it opened them
     return CheckpointError(f"cannot write to {self.directory}: {cause}")
 
 
