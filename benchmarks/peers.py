@@ -21,7 +21,14 @@ import numpy as np
 import optax
 
 from benchmarks.run import Benchmark
-from benchmarks.step_floor import CLASSES, PAIRS, TEMPERATURE
+from benchmarks.step_floor import (
+  PAIRS,
+  TEMPERATURE,
+  Network,
+  Pair,
+  a_batch,
+  describe,
+)
 from kd_jax import losses, models, train
 from kd_jax.reduce import Term
 
@@ -37,6 +44,9 @@ RATE, MOMENTUM, CHECKED_STEPS = 0.01, 0.9, 3
 # XLA sizes its pool of threads by it, once, when it starts.
 ENVIRONMENT = {"NPROC": "1"}
 
+# A call gives the teacher's outputs and parameters.
+Teach = Callable[[], tuple[models.Outputs, Any]]
+
 # What is known of a pair, for the reader.
 _NOTES = {
   "conv": (
@@ -48,27 +58,9 @@ _NOTES = {
   )
 }
 
-# name -> (name, attributes and variables of a network) of "teacher", "student".
-Pair = dict[str, tuple[str, Mapping[str, Any], dict[str, Any]]]
 
-
-def networks(
-  shape: tuple[int, ...],
-  teacher: tuple[str, Mapping[str, Any]],
-  student: tuple[str, Mapping[str, Any]],
-  seed: int = 0,
-) -> Pair:
-  """Both networks with random weights, of which none is 0.
-
-  Args:
-    shape: of an input.
-    teacher: as `step_floor.PAIRS` has it.
-    student: as `step_floor.PAIRS` has it.
-    seed: draws the weights.
-
-  Returns:
-    role -> (name, attributes, variables).
-  """
+def weights(pair: Pair, seed: int = 0) -> tuple[Any, Any]:
+  """Random variables of teacher and student, of which none is 0."""
   rng = np.random.default_rng(seed)
 
   def drawn(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -78,55 +70,60 @@ def networks(
     mean = 1.0 if last in ("scale", "var") else 0.0
     return rng.normal(mean, scale, leaf.shape).astype(np.float32)
 
-  found = {}
-  for role, (name, fields) in (("teacher", teacher), ("student", student)):
-    empty = models.template(name, CLASSES, shape, **fields)
-    variables = jax.tree_util.tree_map_with_path(drawn, empty)
-    found[role] = name, fields, variables
-  return found
+  def of(network: Network) -> Any:
+    name, fields = network
+    empty = models.template(name, pair.classes, pair.shape, **fields)
+    return jax.tree_util.tree_map_with_path(drawn, empty)
+
+  return of(pair.teacher), of(pair.student)
 
 
-def a_batch(
-  shape: tuple[int, ...], size: int, seed: int = 0
-) -> dict[str, np.ndarray]:
-  """Random inputs and labels."""
-  rng = np.random.default_rng(seed)
-  return {
-    "image": rng.normal(size=(size, *shape)).astype(np.float32),
-    "label": rng.integers(0, CLASSES, size),
-  }
+def hinton(
+  out: models.Outputs, params: Any, teach: Teach, batch: Mapping[str, jax.Array]
+) -> dict[str, Term]:
+  """The loss of the pairs that classify."""
+  asked = jax.lax.stop_gradient(teach()[0].logits)
+  soft = losses.kl(out.logits, asked, temperature=TEMPERATURE)
+  hard = losses.cross_entropy(out.logits, batch["label"])
+  return {"soft": Term(soft, weight=0.5), "hard": Term(hard, weight=0.5)}
 
 
 def jax_step(
-  pair: Pair, batch: Mapping[str, np.ndarray]
+  pair: Pair,
+  variables: tuple[Any, Any],
+  batch: Mapping[str, np.ndarray],
+  terms: Callable[..., dict[str, Term]] = hinton,
 ) -> Callable[[], tuple[jax.Array, Any]]:
   """kd_jax's distillation step.
 
   Args:
-    pair: what `networks` returned.
-    batch: what `a_batch` returned.
+    pair: its networks.
+    variables: what `weights` returned.
+    batch: what `a_batch` returned, and what `terms` needs beside it.
+    terms: see `hinton`; `teach()` gives the teacher's outputs and parameters.
 
   Returns:
     A function that makes one more step on each call and waits for nothing:
     (the loss before it, the student's parameters after it).
   """
-  (teacher, known), (student, start) = (
-    (models.create(name, CLASSES, **fields), variables)
-    for name, fields, variables in (pair["teacher"], pair["student"])
+  teacher, student = (
+    models.create(name, pair.classes, **fields)
+    for name, fields in (pair.teacher, pair.student)
   )
+  known, start = variables
   optimizer = optax.sgd(RATE, MOMENTUM)
 
   def loss_fn(
     params: Any, model_state: Any, frozen: Any, batch: Any, key: Any
   ) -> Any:
-    variables = {"params": params["model"], "state": model_state["model"]}
-    out, state = student.apply(variables, batch["image"], train=True, key=key)
-    asked = teacher.apply(frozen, batch["image"])[0].logits
-    asked = jax.lax.stop_gradient(asked)
-    soft = losses.kl(out.logits, asked, temperature=TEMPERATURE)
-    hard = losses.cross_entropy(out.logits, batch["label"])
-    terms = {"soft": Term(soft, weight=0.5), "hard": Term(hard, weight=0.5)}
-    return terms, train.Aux(model_state={"model": state})
+    now = {"params": params["model"], "state": model_state["model"]}
+    out, state = student.apply(now, batch["input"], train=True, key=key)
+
+    def teach() -> Any:
+      return teacher.apply(frozen, batch["input"])[0], frozen["params"]
+
+    found = terms(out, params["model"], teach, batch)
+    return found, train.Aux(model_state={"model": state})
 
   run = jax.jit(train.make_step(loss_fn, optimizer), donate_argnums=0)
   # Copies: the step gives away what it is given.
@@ -148,48 +145,68 @@ def jax_step(
   return work
 
 
+def torch_hinton(
+  student: torch.nn.Module,
+  teacher: torch.nn.Module,
+  inputs: torch.Tensor,
+  labels: torch.Tensor,
+) -> torch.Tensor:
+  """`hinton` in PyTorch."""
+  with torch.no_grad():
+    asked = functional.log_softmax(teacher(inputs) / TEMPERATURE, -1)
+  logits = student(inputs)
+  own = functional.log_softmax(logits / TEMPERATURE, -1)
+  soft = functional.kl_div(own, asked, log_target=True, reduction="batchmean")
+  hard = functional.cross_entropy(logits, labels)
+  return 0.5 * TEMPERATURE**2 * soft + 0.5 * hard
+
+
 def torch_step(
-  pair: Pair, batch: Mapping[str, np.ndarray], *, compiled: bool = False
+  pair: Pair,
+  variables: tuple[Any, Any],
+  batch: Mapping[str, np.ndarray],
+  total: Callable[..., torch.Tensor] = torch_hinton,
+  *,
+  compiled: bool = False,
 ) -> Callable[[], tuple[torch.Tensor, torch.nn.Module]]:
   """The same step in PyTorch.
 
   Args:
-    pair: what `networks` returned.
+    pair: its networks.
+    variables: what `weights` returned.
     batch: what `a_batch` returned.
+    total: the loss, see `torch_hinton`.
     compiled: whether forward and backward are compiled by `torch.compile`.
 
   Returns:
     A function that makes one more step on each call: (the loss before it, the
     student after it).
   """
-  shape = batch["image"].shape[1:]
   teacher, student = (
-    torch_twins.twin(name, shape, CLASSES, fields, variables)
-    for name, fields, variables in (pair["teacher"], pair["student"])
+    torch_twins.twin(name, pair.shape, pair.classes, fields, known)
+    for (name, fields), known in zip(
+      (pair.teacher, pair.student), variables, strict=True
+    )
   )
   teacher.eval()
-  images = torch.from_numpy(batch["image"])
-  if images.ndim == 4:  # channels first in name, last in memory
-    images = images.permute(0, 3, 1, 2)
-  labels = torch.from_numpy(batch["label"])
+  inputs, labels = (
+    torch.from_numpy(np.int64(x) if x.dtype == np.int32 else x)
+    for x in (batch["input"], batch["label"])
+  )
+  if inputs.ndim == 4:  # channels first in name, last in memory
+    inputs = inputs.permute(0, 3, 1, 2)
   optimizer = torch.optim.SGD(
     student.parameters(), lr=RATE, momentum=MOMENTUM, fused=True
   )
 
-  def total(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-      asked = functional.log_softmax(teacher(images) / TEMPERATURE, -1)
-    logits = student(images)
-    own = functional.log_softmax(logits / TEMPERATURE, -1)
-    soft = functional.kl_div(own, asked, log_target=True, reduction="batchmean")
-    hard = functional.cross_entropy(logits, labels)
-    return 0.5 * TEMPERATURE**2 * soft + 0.5 * hard
+  def loss_fn(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return total(student, teacher, inputs, labels)
 
-  loss_fn = torch.compile(total) if compiled else total
+  run = torch.compile(loss_fn) if compiled else loss_fn
 
   def work() -> tuple[torch.Tensor, torch.nn.Module]:
     optimizer.zero_grad()
-    loss = loss_fn(images, labels)
+    loss = run(inputs, labels)
     loss.backward()
     optimizer.step()
     return loss.detach(), student
@@ -246,55 +263,81 @@ def check_threads() -> None:
   torch.set_num_threads(1)
 
 
-def benchmark(name: str) -> Benchmark:
-  check_threads()
-  shape, size, steps, teacher, student = PAIRS[name]
-  batch = a_batch(shape, size)
-  pair = networks(shape, teacher, student)
-  parts: dict[str, Callable[[], Any]] = {"kd_jax": jax_step(pair, batch)}
-  notes = [
-    f"In {CHECKED_STEPS} steps before the first block the forms had the same "
-    "losses (to 1e-4) and weights (to 1e-2 of what they moved)."
+def beside(
+  title: str,
+  pair: Pair,
+  start: Mapping[str, Any],
+  ours: Mapping[str, Callable[[], Any]],
+  theirs: Mapping[str, Callable[[], Any]],
+  notes: Sequence[str] = (),
+) -> Benchmark:
+  """The first of our forms, checked, beside each of PyTorch's; the others too.
+
+  Args:
+    title: for people.
+    pair: its networks.
+    start: the student's variables before the steps.
+    ours: name -> what `jax_step` returned.
+    theirs: name -> what `torch_step` returned; the first is the base.
+    notes: for the reader.
+  """
+  first = next(iter(ours))
+  parts = dict(ours)
+  found = [ours[first]() for _ in range(CHECKED_STEPS)]
+  said = [
+    f"In {CHECKED_STEPS} steps before the first block {first} and PyTorch's "
+    "forms had the same losses (to 1e-4) and weights (to 1e-2 of what they "
+    "moved).",
+    *notes,
   ]
-  if name in _NOTES:
-    notes.append(_NOTES[name])
-  ours = [parts["kd_jax"]() for _ in range(CHECKED_STEPS)]
-  for how, compiled in (("eager", False), ("torch.compile", True)):
-    part = torch_step(pair, batch, compiled=compiled)
+  for name, part in theirs.items():
     try:
-      theirs = [part() for _ in range(CHECKED_STEPS)]
+      other = [part() for _ in range(CHECKED_STEPS)]
     except torch._dynamo.exc.TorchDynamoException as error:
-      first = str(error).strip().splitlines()[0]
-      notes.append(f"torch.compile failed and is left out: {first}")
+      line = str(error).strip().splitlines()[0]
+      said.append(f"{name} failed and is left out: {line}")
     else:
-      check_same(ours, theirs, pair["student"][-1])
-      parts[f"PyTorch {how}"] = part
+      check_same(found, other, start)
+      parts[name] = part
 
   def form(part: Callable[[], Any]) -> Callable[[], None]:
     def work() -> None:
-      for _ in range(steps):
+      for _ in range(pair.steps):
         found = part()
       jax.block_until_ready(found)
 
     return work
 
   return Benchmark(
-    title=f"A distillation step beside PyTorch: {name}",
-    base="PyTorch eager",
+    title=title,
+    base=next(iter(theirs)),
     forms={key: form(part) for key, part in parts.items()},
     clock=time.process_time,
     claims=[
-      (f"a step costs less than in {other}", "kd_jax", other, "lower")
-      for other in list(parts)[1:]
+      (f"a step costs less than in {other}", first, other, "lower")
+      for other in parts
+      if other in theirs
     ],
-    data={
-      "teacher": f"{teacher[0]} {teacher[1]}",
-      "student": f"{student[0]} {student[1]}",
-      "batch size": size,
-      "steps in a round": steps,
-      "threads": 1,
-      "torch": torch.__version__,
-    },
-    notes=notes,
+    data={**describe(pair), "threads": 1, "torch": torch.__version__},
+    notes=said,
     environment=ENVIRONMENT,
+  )
+
+
+def benchmark(name: str) -> Benchmark:
+  check_threads()
+  pair = PAIRS[name]
+  variables, batch = weights(pair), a_batch(pair)
+  return beside(
+    f"A distillation step beside PyTorch: {name}",
+    pair,
+    variables[1],
+    {"kd_jax": jax_step(pair, variables, batch)},
+    {
+      "PyTorch eager": torch_step(pair, variables, batch),
+      "PyTorch torch.compile": torch_step(
+        pair, variables, batch, compiled=True
+      ),
+    },
+    [_NOTES[name]] if name in _NOTES else [],
   )

@@ -6,12 +6,12 @@ turns for each pair of networks: the two parts together, each of them alone, and
 the distillation step. All of them are kd_jax's own step; that it is no slower
 than a plain `jit` of the same loss is the form "by hand".
 
-Run: python -m benchmarks.run floor_mlp floor_conv floor_vit
+Run: python -m benchmarks.run floor_mlp floor_conv floor_vit floor_lm
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +24,69 @@ from kd_jax.reduce import Term
 
 CLASSES, TEMPERATURE = 10, 4.0
 
-# name -> (shape of an input, examples in a batch, steps in a round, teacher,
-# student), these as `models.create` takes them.
-PAIRS: dict[str, tuple[Any, ...]] = {
-  "mlp": (
+# A network: as `models.create` takes it, and its attributes.
+Network = tuple[str, Mapping[str, Any]]
+
+
+class Pair(NamedTuple):
+  """Two networks and what they are given.
+
+  Attributes:
+    shape: of an input.
+    size: examples in a batch.
+    steps: in a round.
+    teacher: the larger one.
+    student: the smaller one.
+    words: size of the vocabulary; 0 of a pair that classifies float inputs.
+  """
+
+  shape: tuple[int, ...]
+  size: int
+  steps: int
+  teacher: Network
+  student: Network
+  words: int = 0
+
+  @property
+  def classes(self) -> int:
+    return self.words or CLASSES
+
+
+PAIRS = {
+  "mlp": Pair(
     *((784,), 128, 5),
     ("mlp", {"hidden": (1200, 1200)}),
     ("mlp", {"hidden": (800, 800)}),
   ),
-  "conv": (
+  "conv": Pair(
     *((32, 32, 3), 32, 1),
     ("wide_resnet", {"depth": 22, "width": 1}),
     ("wide_resnet", {"depth": 10, "width": 1}),
   ),
-  "vit": (
+  "vit": Pair(
     *((32, 32, 3), 32, 1),
     ("vit", {"patch_size": 4, "width": 192, "depth": 6, "heads": 3}),
     ("vit", {"patch_size": 4, "width": 96, "depth": 6, "heads": 3}),
   ),
+  "lm": Pair(
+    *((128,), 4, 1),
+    ("gpt", {"width": 256, "depth": 4, "heads": 4, "max_length": 128}),
+    ("gpt", {"width": 128, "depth": 4, "heads": 2, "max_length": 128}),
+    words=8192,
+  ),
 }
+
+
+def a_batch(pair: Pair, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random inputs and labels; of words, a label for each."""
+  rng = np.random.default_rng(seed)
+  shape = (pair.size, *pair.shape)
+  if pair.words:
+    inputs = rng.integers(0, pair.words, shape).astype(np.int32)
+  else:
+    inputs = rng.normal(size=shape).astype(np.float32)
+  labels = rng.integers(0, pair.classes, shape if pair.words else pair.size)
+  return {"input": inputs, "label": labels.astype(np.int32)}
 
 
 def stepping(
@@ -78,29 +122,40 @@ def in_turn(steps: int, *parts: Callable[[], Any]) -> Callable[[], Any]:
   return work
 
 
-def benchmark(pair: str) -> Benchmark:
-  shape, size, steps, large, small = PAIRS[pair]
-  rng = np.random.default_rng(0)
-  batch = {
-    "image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32),
-    "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32),
+def describe(pair: Pair) -> dict[str, Any]:
+  """For a result file."""
+  found = {
+    "teacher": f"{pair.teacher[0]} {pair.teacher[1]}",
+    "student": f"{pair.student[0]} {pair.student[1]}",
+    "batch size": pair.size,
+    "steps in a round": pair.steps,
   }
-  teacher = models.create(large[0], CLASSES, **large[1])
-  student = models.create(small[0], CLASSES, **small[1])
-  known = teacher.init(jax.random.key(0), batch["image"][:1])
-  start = student.init(jax.random.key(1), batch["image"][:1])
+  if pair.words:
+    found |= {"words in an example": pair.shape[0], "vocabulary": pair.words}
+  return found
+
+
+def benchmark(name: str) -> Benchmark:
+  pair = PAIRS[name]
+  batch = jax.tree.map(jnp.asarray, a_batch(pair))
+  teacher, student = (
+    models.create(module, pair.classes, **fields)
+    for module, fields in (pair.teacher, pair.student)
+  )
+  known = teacher.init(jax.random.key(0), batch["input"][:1])
+  start = student.init(jax.random.key(1), batch["input"][:1])
   optimizer = optax.adam(1e-3)
   going = functools.partial(stepping, start, optimizer, batch)
-  form = functools.partial(in_turn, steps)
+  form = functools.partial(in_turn, pair.steps)
 
   def loss_fn(
     params: Any, model_state: Any, frozen: Any, batch: Any, key: Any
   ) -> Any:
     variables = {"params": params["model"], "state": model_state["model"]}
-    out, state = student.apply(variables, batch["image"], train=True, key=key)
+    out, state = student.apply(variables, batch["input"], train=True, key=key)
     terms = {"hard": Term(losses.cross_entropy(out.logits, batch["label"]))}
     if frozen is not None:
-      asked = teacher.apply(frozen, batch["image"])[0].logits
+      asked = teacher.apply(frozen, batch["input"])[0].logits
       asked = jax.lax.stop_gradient(asked)
       soft = losses.kl(out.logits, asked, temperature=TEMPERATURE)
       terms["soft"] = Term(soft)
@@ -128,11 +183,11 @@ def benchmark(pair: str) -> Benchmark:
   ask = jax.jit(lambda v, x: teacher.apply(v, x)[0].logits)
 
   def inference() -> Any:
-    return ask(known, batch["image"])
+    return ask(known, batch["input"])
 
   floor = "teacher inference, then a supervised step"
   return Benchmark(
-    title=f"The floor of a distillation step: {pair}",
+    title=f"The floor of a distillation step: {name}",
     base=floor,
     forms={
       floor: form(inference, going(step, None)),
@@ -149,10 +204,5 @@ def benchmark(pair: str) -> Benchmark:
         "lower",
       ),
     ),
-    data={
-      "teacher": f"{large[0]} {large[1]}",
-      "student": f"{small[0]} {small[1]}",
-      "batch size": size,
-      "steps in a round": steps,
-    },
+    data=describe(pair),
   )

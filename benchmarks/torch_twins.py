@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 # kd_jax's names of parameters and statistics -> PyTorch's.
-_NAMES = {"kernel": "weight", "scale": "weight"}
+_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _NAMES |= {"mean": "running_mean", "var": "running_var"}
 
 
@@ -101,35 +101,40 @@ class WideResNet(nn.Module):
 
 
 class Attention(nn.Module):
-  """`kd_jax.models.vit.Attention`."""
+  """`kd_jax.models.transformer.Attention`."""
 
-  def __init__(self, width: int, heads: int):
+  def __init__(self, width: int, heads: int, causal: bool):
     super().__init__()
-    self.heads = heads
+    self.heads, self.causal = heads, causal
     for name in ("query", "key", "value", "out"):
       self.add_module(name, nn.Linear(width, width))
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
     asked = (split(f(x)) for f in (self.query, self.key, self.value))
-    found = functional.scaled_dot_product_attention(*asked)
+    found = functional.scaled_dot_product_attention(
+      *asked, is_causal=self.causal
+    )
     return self.out(found.transpose(1, 2).flatten(2))
 
 
-class ViTBlock(nn.Module):
-  """`kd_jax.models.vit.Block`."""
+class Block(nn.Module):
+  """`kd_jax.models.transformer.Block`, as a ViT has it or as a GPT."""
 
-  def __init__(self, width: int, heads: int):
+  def __init__(self, width: int, heads: int, causal: bool = False):
     super().__init__()
-    self.norm1 = nn.LayerNorm(width, eps=1e-6)
-    self.attention = Attention(width, heads)
-    self.norm2 = nn.LayerNorm(width, eps=1e-6)
+    epsilon = 1e-5 if causal else 1e-6
+    self.approximate = "tanh" if causal else "none"
+    self.norm1 = nn.LayerNorm(width, eps=epsilon)
+    self.attention = Attention(width, heads, causal)
+    self.norm2 = nn.LayerNorm(width, eps=epsilon)
     layers = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
     self.mlp = nn.ModuleDict(dict(zip(("fc1", "fc2"), layers, strict=True)))
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     x = x + self.attention(self.norm1(x))
-    hidden = functional.gelu(self.mlp["fc1"](self.norm2(x)))
+    hidden = self.mlp["fc1"](self.norm2(x))
+    hidden = functional.gelu(hidden, approximate=self.approximate)
     return x + self.mlp["fc2"](hidden)
 
 
@@ -152,7 +157,7 @@ class ViT(nn.Module):
     self.position_embedding = nn.Parameter(torch.zeros(1, tokens, width))
     self.blocks = [f"block{i + 1}" for i in range(depth)]
     for name in self.blocks:
-      self.add_module(name, ViTBlock(width, heads))
+      self.add_module(name, Block(width, heads))
     self.norm = nn.LayerNorm(width, eps=1e-6)
     self.head = nn.Linear(width, classes)
 
@@ -165,7 +170,38 @@ class ViT(nn.Module):
     return self.head(self.norm(x)[:, 0])
 
 
-_TWINS = {"mlp": MLP, "wide_resnet": WideResNet, "vit": ViT}
+class GPT(nn.Module):
+  """`kd_jax.models.gpt.GPT`, tied."""
+
+  def __init__(
+    self,
+    shape: Sequence[int],
+    classes: int,
+    width: int,
+    depth: int,
+    heads: int,
+    max_length: int,
+  ):
+    super().__init__()
+    self.embedding = nn.Embedding(classes, width)
+    self.positions = nn.Parameter(torch.zeros(max_length, width))
+    self.blocks = [f"block{i + 1}" for i in range(depth)]
+    for name in self.blocks:
+      self.add_module(name, Block(width, heads, causal=True))
+    self.norm = nn.LayerNorm(width, eps=1e-5)
+
+  def hidden(self, inputs: torch.Tensor) -> torch.Tensor:
+    """What the logits are read from."""
+    x = self.embedding(inputs) + self.positions[: inputs.shape[1]]
+    for name in self.blocks:
+      x = getattr(self, name)(x)
+    return self.norm(x)
+
+  def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    return functional.linear(self.hidden(inputs), self.embedding.weight)
+
+
+_TWINS = {"mlp": MLP, "wide_resnet": WideResNet, "vit": ViT, "gpt": GPT}
 
 
 def twin(

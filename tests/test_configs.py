@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from kd_jax import models
 from kd_jax.data import png, prepare, writer
 from kd_jax.train.workdir import read_metrics
 
@@ -215,3 +216,10 @@ def test_two_teachers_of_two_resolutions(photographs, tmp_path):
   assert names[:3] == ["t224", "t384", "all teachers"]
   sizes = {name: cost["parameters"] for name, cost in result["models"].items()}
   assert sizes["t384"] - sizes["t224"] == (12**2 - 8**2) * 3 * 8
+
+
+@pytest.mark.parametrize("words", ["", "gpt", "smoke", "gpt+smoke"])
+def test_language_models_fit_their_windows(words):
+  config = load(ROOT / "configs/born_again_lm/text.py", words)
+  c = config.network
+  models.template(c.model, 30, (config.window,), **c.fields.to_dict())

@@ -6,6 +6,7 @@ text is a better one: `--config.text=FILE --config.study=NAME`, within
 `--config=configs/born_again_lm/text.py:ARG`:
   generations  a character model, two generations with and without the text's
                own next character (the default)
+  gpt          with it or alone: transformers in place of LSTMs
   smoke        two steps of a tiny network
 """
 
@@ -87,7 +88,7 @@ def generations(c, epochs, count=2):
 
 def get_config(arg=""):
   """The settings; see the top of the file."""
-  words = parse(arg, ("generations", "smoke"), "generations")
+  words = parse(arg, ("generations", "gpt", "smoke"), "generations")
   c = base("pydoc", "character", 64)
   c.tokens = 300_000
   c.network = network(
@@ -96,6 +97,11 @@ def get_config(arg=""):
     3e-3,
     fields={"width": 128, "depth": 1, "dropout": 0.2, "init_scale": 0.08},
   )
+  if "gpt" in words:
+    fields = {"width": 128, "depth": 4, "heads": 4, "dropout": 0.1}
+    c.network = network(
+      "gpt", 32, 1e-3, fields={**fields, "max_length": c.window}
+    )
   generations(c, epochs=8.0)
   if "smoke" in words:
     smoke(c)
@@ -107,7 +113,7 @@ def smoke(c):
   c.text, c.test_text, c.unit, c.seeds = "pydoc", "", "character", (0,)
   c.tokens, c.window = 600, 16
   c.network.batch_size = 16
-  c.network.fields = ConfigDict({"width": 8, "depth": 1, "dropout": 0.2})
+  c.network.fields.width, c.network.fields.depth = 8, 1
   for row in c.students.values():
     row.epochs = 1.0
   kept = ("generation_0", "generation_1_labels", "generation_2_labels")

@@ -27,6 +27,7 @@ from kd_jax.models.create import (
 )
 from kd_jax.models.densenet import DenseNet as DenseNet
 from kd_jax.models.dropout import Dropout as Dropout
+from kd_jax.models.gpt import GPT as GPT
 from kd_jax.models.lstm import LSTMLanguageModel as LSTMLanguageModel
 from kd_jax.models.mlp import MLP as MLP
 from kd_jax.models.mobilenet_v3 import MobileNetV3 as MobileNetV3

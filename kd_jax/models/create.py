@@ -16,6 +16,7 @@ from kd_jax.models.bit_resnet import BiTResNet
 from kd_jax.models.branched import Branched, MultiExit
 from kd_jax.models.cnn import CNN
 from kd_jax.models.densenet import DenseNet
+from kd_jax.models.gpt import GPT
 from kd_jax.models.lstm import LSTMLanguageModel
 from kd_jax.models.mlp import MLP
 from kd_jax.models.mobilenet_v3 import MobileNetV3
@@ -33,7 +34,10 @@ MODULES: dict[str, type[nn.Module]] = {
   "wide_resnet": WideResNet,
   "densenet": DenseNet,
   "lstm": LSTMLanguageModel,
+  "gpt": GPT,
 }
+# Their inputs are [batch, time] integers.
+_OF_TOKENS = ("lstm", "gpt")
 
 
 def create(name: str, num_classes: int, **fields: Any) -> Model:
@@ -81,7 +85,7 @@ def template(
     ShapeDtypeStruct(shape=(2, 3), dtype=float32)
   """
   model = create(name, num_classes, **fields)
-  dtype = jnp.int32 if name == "lstm" else jnp.float32
+  dtype = jnp.int32 if name in _OF_TOKENS else jnp.float32
   inputs = jax.ShapeDtypeStruct((1, *shape), dtype)
   return jax.eval_shape(model.init, jax.random.key(0), inputs)
 

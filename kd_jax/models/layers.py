@@ -140,3 +140,17 @@ def check_images(inputs: jax.Array) -> None:
     )
   if not jnp.issubdtype(inputs.dtype, jnp.floating):
     raise ValueError(f"inputs are {inputs.dtype}; they should be float")
+
+
+def check_tokens(inputs: jax.Array) -> None:
+  """Raises ValueError unless these are integer [batch, time].
+
+  Args:
+    inputs: what a network was given.
+  """
+  if inputs.ndim != 2:
+    raise ValueError(
+      f"inputs have shape {inputs.shape}; it should be [batch, time]"
+    )
+  if not jnp.issubdtype(inputs.dtype, jnp.integer):
+    raise ValueError(f"inputs are {inputs.dtype}; they should be integers")

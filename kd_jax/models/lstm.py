@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
 from kd_jax.models.dropout import Dropout
+from kd_jax.models.layers import check_tokens
 
 
 def _uniform(scale: float) -> nn.initializers.Initializer:
@@ -126,9 +127,4 @@ class LSTMLanguageModel(nn.Module):
     for field in ("num_classes", "width", "depth"):
       check_number(field, getattr(self, field), least=1)
     check_number("init_scale", self.init_scale, above=0)
-    if inputs.ndim != 2:
-      raise ValueError(
-        f"inputs have shape {inputs.shape}; it should be [batch, time]"
-      )
-    if not jnp.issubdtype(inputs.dtype, jnp.integer):
-      raise ValueError(f"inputs are {inputs.dtype}; they should be integers")
+    check_tokens(inputs)

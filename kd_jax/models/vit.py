@@ -15,12 +15,12 @@ import numpy as np
 from kd_jax.errors import check_number
 from kd_jax.models.base import Outputs
 from kd_jax.models.layers import check_images
+from kd_jax.models.transformer import Block
 
 # Width, depth and heads; the hidden layer of an MLP is four times as wide.
 _SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12)}
 _EPSILON = 1e-6
 
-_kernel_init = nn.initializers.xavier_uniform()
 # Of tokens and positions. A token of zeros without a position would have its
 # gradient multiplied by epsilon^(-1/2) in the first norm.
 _token_init = nn.initializers.normal(0.02)
@@ -54,134 +54,6 @@ def sincos_positions(rows: int, columns: int, width: int) -> np.ndarray:
   y, x = np.indices((rows, columns)).reshape(2, -1, 1) * frequencies
   features = (np.sin(x), np.cos(x), np.sin(y), np.cos(y))
   return np.concatenate(features, axis=1).astype(np.float32)
-
-
-class AttentionWeights(nn.Module):
-  """Softmax of the scaled products of queries and keys, always in float32.
-
-  A module of its own, without parameters, so that the attention maps can be
-  read by its path.
-  """
-
-  @nn.compact
-  def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Maps two [batch, tokens, heads, d] to [batch, heads, tokens, tokens].
-
-    Args:
-      queries: the tokens that look.
-      keys: the tokens that are looked at: the last axis of the result.
-
-    Returns:
-      float32 weights that sum to 1 over the last axis.
-    """
-    scores = jnp.einsum(
-      "bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32
-    )
-    return nn.softmax(scores / np.sqrt(queries.shape[-1]))
-
-
-class Attention(nn.Module):
-  """Multi-head self-attention (Appendix A of arXiv:2010.11929).
-
-  Attributes:
-    heads: number of heads; each has a share of the features.
-    qkv_bias: whether queries, keys and values have biases.
-    dtype: of the computation but for the softmax.
-  """
-
-  heads: int
-  qkv_bias: bool = True
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Maps [batch, tokens, width] to the same shape."""
-    width = inputs.shape[-1]
-
-    def project(name: str) -> jax.Array:
-      return nn.DenseGeneral(
-        (self.heads, width // self.heads),
-        use_bias=self.qkv_bias,
-        kernel_init=_kernel_init,
-        dtype=self.dtype,
-        name=name,
-      )(inputs)
-
-    queries, keys, values = map(project, ("query", "key", "value"))
-    weights = AttentionWeights(name="weights")(queries, keys)
-    x = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(self.dtype), values)
-    return nn.DenseGeneral(
-      width,
-      axis=(-2, -1),
-      kernel_init=_kernel_init,
-      dtype=self.dtype,
-      name="out",
-    )(x)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-  """The GELU itself, not its approximation by tanh; float32 inside.
-
-  By erf: `nn.gelu` takes erfc, which is slower on a CPU.
-
-  Reference: Hendrycks and Gimpel 2016, arXiv:1606.08415.
-  """
-  y = x.astype(jnp.float32)
-  return (y * (1 + jax.lax.erf(y * 0.5**0.5)) / 2).astype(x.dtype)
-
-
-class MLP(nn.Module):
-  """Two dense layers with a GELU between them.
-
-  Attributes:
-    hidden: units of the first layer.
-    dtype: of the computation.
-  """
-
-  hidden: int
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Maps [batch, tokens, width] to the same shape."""
-    x = nn.Dense(
-      self.hidden, kernel_init=_kernel_init, dtype=self.dtype, name="fc1"
-    )(inputs)
-    return nn.Dense(
-      inputs.shape[-1],
-      kernel_init=_kernel_init,
-      dtype=self.dtype,
-      name="fc2",
-    )(_gelu(x))
-
-
-class Block(nn.Module):
-  """Attention and an MLP, each after a norm and added to its input.
-
-  Equations 2 and 3 of arXiv:2010.11929.
-
-  Attributes:
-    heads: number of heads.
-    hidden: units of the hidden layer of the MLP.
-    qkv_bias: whether queries, keys and values have biases.
-    dtype: of the computation.
-  """
-
-  heads: int
-  hidden: int
-  qkv_bias: bool = True
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Maps [batch, tokens, width] to the same shape."""
-    x = inputs
-    y = nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm1")(x)
-    x = x + Attention(
-      self.heads, self.qkv_bias, dtype=self.dtype, name="attention"
-    )(y)
-    y = nn.LayerNorm(epsilon=_EPSILON, dtype=self.dtype, name="norm2")(x)
-    return x + MLP(self.hidden, dtype=self.dtype, name="mlp")(y)
 
 
 class ViT(nn.Module):
@@ -268,6 +140,7 @@ class ViT(nn.Module):
         heads=self.heads,
         hidden=round(self.width * self.mlp_ratio),
         qkv_bias=self.qkv_bias,
+        epsilon=_EPSILON,
         dtype=self.dtype,
         name=f"block{number}",
       )(x)

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from kd_jax.models import count_parameters, from_linen
-from kd_jax.models.vit import (
-  AttentionWeights,
-  ViT,
-  _gelu,
-  sincos_positions,
-  vit,
-)
+from kd_jax.models.transformer import AttentionWeights, gelu
+from kd_jax.models.vit import ViT, sincos_positions, vit
 from tests.models.networks import among_others, images, random_variables
 
 TINY = {"num_classes": 5, "patch_size": 4, "width": 12, "depth": 2, "heads": 3}
@@ -141,7 +136,7 @@ def test_gelu(dtype, tolerance):
   x = jnp.linspace(-8, 8, 161).astype(dtype)
   wide = np.asarray(x, np.float64)
   exact = wide * (1 + erf(wide / math.sqrt(2))) / 2
-  found = _gelu(x)
+  found = gelu(x)
   assert found.dtype == x.dtype
   np.testing.assert_allclose(
     np.asarray(found, np.float64), exact, rtol=tolerance, atol=1e-6
