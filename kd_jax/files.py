@@ -1,9 +1,12 @@
 """Files that are there whole or not at all."""
 
 from collections.abc import Callable
+import json
 import os
 import pathlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from kd_jax.errors import BadInput
 
 
 def write(
@@ -38,3 +41,21 @@ def write(
 def write_text(path: str | os.PathLike[str], text: str) -> None:
   """Writes a text file as UTF-8, see `write`."""
   write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  """What a JSON file of a run holds.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    BadInput: if it is missing, as files of a run are there whole or not at
+      all, or cut or changed.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_bytes())
+  except FileNotFoundError:
+    raise BadInput(f"{path} is missing; restore it from a copy") from None
+  except ValueError as error:
+    raise BadInput(f"{path} is damaged: {error}") from None

@@ -256,10 +256,7 @@ def _claim(path: pathlib.Path, wanted: Mapping[str, Any]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     files.write_text(stored, json.dumps(wanted, indent=1, sort_keys=True))
     return
-  try:
-    found = json.loads(stored.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise BadInput(f"{stored} is damaged: {error}") from None
+  found = files.read_json(stored)
   changed = [
     f"{name} is {wanted.get(name)} here and {found.get(name)} there"
     for name in sorted({*wanted, *found})

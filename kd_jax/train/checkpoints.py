@@ -7,7 +7,6 @@ the newest step to the newest good one, saying what it skipped and why.
 
 from collections.abc import Mapping
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from kd_jax import models
 from kd_jax.errors import BadInput, CheckpointError as CheckpointError
+from kd_jax.files import read_json
 
 
 class Checkpoints:
@@ -207,7 +207,7 @@ def load_trained(
     )
   note = stage / "stage.json"
   if note.exists():
-    wanted = json.loads(note.read_text(encoding="utf-8"))["num_steps"]
+    wanted = read_json(note)["num_steps"]
     if max(steps) < wanted:
       raise BadInput(
         f"{directory} is at step {max(steps)} of {wanted}; finish that run "

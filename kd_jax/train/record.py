@@ -18,7 +18,7 @@ import numpy as np
 
 from kd_jax import report, result_file, results, teachers
 from kd_jax.errors import BadInput, checking
-from kd_jax.files import write_text
+from kd_jax.files import read_json, write_text
 from kd_jax.train.images import Images
 from kd_jax.train.setup import ImageData
 from kd_jax.train.workdir import check_workdir, open_workdir, read_changes
@@ -202,7 +202,7 @@ def _timed(path: pathlib.Path) -> Iterator[Callable[[], float]]:
     was killed counts up to the last file that it wrote in a stage.
   """
   total, session = path / "seconds.json", path / "session.json"
-  read = lambda file: json.loads(file.read_text()) if file.exists() else 0.0
+  read = lambda file: read_json(file) if file.exists() else 0.0
   earlier = read(total)
   if session.exists():  # it had no time to end
     last = [f.stat().st_mtime for f in path.glob("*/**/*") if f.is_file()]

@@ -17,6 +17,7 @@ import optax
 from kd_jax import data, models
 from kd_jax.data import augment
 from kd_jax.errors import BadInput, check_choice, check_number, naming
+from kd_jax.files import read_json
 from kd_jax.train.batches import index_batches
 from kd_jax.train.checkpoints import load_teacher
 from kd_jax.train.checks import check_periods, check_settings, check_splits
@@ -26,7 +27,6 @@ from kd_jax.train.optimizers import optimizer
 from kd_jax.train.parallel import check_divides
 from kd_jax.train.step import LossFn
 from kd_jax.train.study import use_devices
-from kd_jax.train.workdir import stored_inputs
 
 
 class ImageData(NamedTuple):
@@ -217,7 +217,9 @@ def image_teacher(
   """
   names = images.pool.class_names
   run = pathlib.Path(path).absolute().parent.parent  # of RUN/seed0/NAME
-  learned = stored_inputs(run).get("classes", ", ".join(names))
+  stored = run / "inputs.json"  # not there for a file of weights
+  inputs = read_json(stored) if stored.exists() else {}
+  learned = inputs.get("classes", ", ".join(names))
   if learned != ", ".join(names):
     short = lambda text: textwrap.shorten(text, 60, placeholder=" ...")
     raise BadInput(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from kd_jax import compression, teachers
-from kd_jax.files import write, write_text
+from kd_jax.files import read_json, write, write_text
 from kd_jax.scoreboard import Scoreboard
 from kd_jax.train.checks import PERIODS
 from kd_jax.train.classifier import Classifier, Variables
@@ -142,7 +142,7 @@ class Study:
     """
     path = self.stages.directory / name
     if path.exists():
-      return json.loads(path.read_text(encoding="utf-8"))
+      return read_json(path)
     found = {key: float(value) for key, value in measure().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

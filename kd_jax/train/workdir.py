@@ -16,7 +16,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from kd_jax.errors import BadInput
-from kd_jax.files import write_text
+from kd_jax.files import read_json, write_text
 
 # What may differ when a run is taken up again: none of it changes the numbers.
 SAFE_FIELDS = (
@@ -178,13 +178,7 @@ def _take(lock: TextIO, path: pathlib.Path) -> None:
 def read_changes(path: pathlib.Path) -> list[str]:
   """What was changed while a run was going on, a line for each field."""
   stored = path / "changes.json"
-  return _read(stored) if stored.exists() else []
-
-
-def stored_inputs(path: pathlib.Path) -> dict[str, str]:
-  """What pins the inputs of a run, by name; {} for runs of older versions."""
-  stored = path / "inputs.json"
-  return _read(stored) if stored.exists() else {}
+  return read_json(stored) if stored.exists() else []
 
 
 def _changes(
@@ -195,16 +189,11 @@ def _changes(
   """How this config and these inputs differ from those that were stored."""
   if not _has_begun(path):
     return []
-  found = _differences(_read(path / "config.json"), json.loads(_dump(config)))
-  old = stored_inputs(path) if inputs is not None else {}
+  found = _differences(
+    read_json(path / "config.json"), json.loads(_dump(config))
+  )
+  old = read_json(path / "inputs.json") if inputs is not None else {}
   return found + (_differences(old, dict(inputs or {})) if old else [])
-
-
-def _read(path: pathlib.Path) -> Any:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise BadInput(f"{path} is damaged: {error}") from None
 
 
 def check_branch(
@@ -226,7 +215,7 @@ def check_branch(
       f"{run} is no run of kd_jax: it has no config.json. It should be the "
       "--workdir of another run"
     )
-  there = _read(stored)
+  there = read_json(stored)
   here = json.loads(_dump(config))
   changes = []
   for field in fields:

@@ -116,9 +116,9 @@ def test_other_inputs_are_refused(tmp_path):
     check_workdir(tmp_path, CONFIG, inputs=after)
   with open_workdir(tmp_path, CONFIG, inputs=after, allow=["images"]):
     pass
-  (tmp_path / "inputs.json").unlink()  # as runs of older versions are
-  with open_workdir(tmp_path, CONFIG, inputs=before):
-    pass
+  (tmp_path / "inputs.json").unlink()
+  with pytest.raises(BadInput, match="inputs.json is missing; restore it"):
+    check_workdir(tmp_path, CONFIG, inputs=before)
   (tmp_path / "inputs.json").write_text("{")
   with pytest.raises(BadInput, match="inputs.json is damaged"):
     check_workdir(tmp_path, CONFIG, inputs=before)
