@@ -2,6 +2,8 @@
 
 import sys
 
+from absl import logging
+
 from kd_jax.errors import BadInput
 from kd_jax.train.checkpoints import verify
 
@@ -13,6 +15,7 @@ def main(argv: list[str]) -> int:
       "usage: python -m kd_jax.train.checkpoint verify DIR", file=sys.stderr
     )
     return 2
+  logging.set_verbosity(logging.FATAL)  # orbax warns of what is told below
   try:
     found = verify(argv[2])
   except BadInput as error:

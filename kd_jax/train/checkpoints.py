@@ -307,6 +307,8 @@ def read_leaves(path: pathlib.Path) -> dict[tuple[str, ...], np.ndarray] | str:
   Returns:
     The leaves by their paths; or in one line, why they cannot be trusted.
   """
+  if not (path / "digests").is_dir():
+    return "it has no digests: cut, or no checkpoint of kd_jax"
   try:
     with ocp.CheckpointManager(path.parent) as manager:
       stored = manager.restore(
