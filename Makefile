@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 # Tests run in this many processes; options for pytest: make unit ARGS="-k kl"
 WORKERS := 2
 ARGS :=
-PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=10 -q
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist loadfile --durations=15 -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
