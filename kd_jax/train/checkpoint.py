@@ -1,8 +1,7 @@
 """Looks through checkpoints: `python -m kd_jax.train.checkpoint verify DIR`."""
 
+import logging
 import sys
-
-from absl import logging
 
 from kd_jax.errors import BadInput
 from kd_jax.train.checkpoints import verify
@@ -15,7 +14,8 @@ def main(argv: list[str]) -> int:
       "usage: python -m kd_jax.train.checkpoint verify DIR", file=sys.stderr
     )
     return 2
-  logging.set_verbosity(logging.FATAL)  # orbax warns of what is told below
+  # Orbax warns of what is told below.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   try:
     found = verify(argv[2])
   except BadInput as error:
