@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import run
+from benchmarks import run, temporaries
 from benchmarks.step_floor import Pair, a_batch
 
 PAIRS = {
@@ -125,3 +125,14 @@ def test_the_result_says_which_clock_and_which_environment():
   assert found["metric"]["name"] == "processor time"
   command = "NPROC=1 python -m benchmarks.run peers_mlp --processor"
   assert found["command"] == command
+
+
+def test_chunks_ask_for_less_than_all_logits():
+  found = temporaries.heads("kl", np.float32, 64, 4096, 8)
+  logits = 64 * 4096 * 4
+  assert logits <= found[0]
+  assert found[1] < found[0] / 2
+  (few,), (more,) = (
+    temporaries.angles(temporaries.all_at_once, n) for n in (16, 32)
+  )
+  assert few >= 16**3 * 4 and more > 6 * few
