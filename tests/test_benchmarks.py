@@ -128,11 +128,11 @@ def test_the_result_says_which_clock_and_which_environment():
 
 
 def test_chunks_ask_for_less_than_all_logits():
-  found = temporaries.heads("kl", np.float32, 64, 4096, 8)
-  logits = 64 * 4096 * 4
+  found = temporaries.heads("kl", np.float32, 1024, 4096, 8)
+  logits = 1024 * 4096 * 4
   assert logits <= found[0]
   assert found[1] < found[0] / 2
   (few,), (more,) = (
     temporaries.angles(temporaries.all_at_once, n) for n in (16, 32)
   )
-  assert few >= 16**3 * 4 and more > 6 * few
+  assert few >= 16**3 * 4 and more > 4 * few

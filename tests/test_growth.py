@@ -37,8 +37,7 @@ def test_every_row_has_a_program(name):
   jax.eval_shape(function, *arguments)
 
 
-def test_rows_make_a_result(tmp_path, monkeypatch):
-  monkeypatch.setattr(growth.sys, "argv", ["growth", "--blocks", "2"])
+def test_rows_make_a_result(tmp_path):
   rows = []
   for name in ("kl, batch", "rkd_distance, batch"):
     axis = growth.AXES[name]
