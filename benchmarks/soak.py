@@ -13,6 +13,7 @@ Run: python -m benchmarks.soak --kills 1000 --json results/benchmarks/soak.json
 
 import argparse
 import collections
+from collections.abc import Sequence
 import contextlib
 import json
 import multiprocessing
@@ -152,7 +153,10 @@ def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def soak(
-  kills: int, seed: int = 0, say: Any = lambda line: None
+  kills: int,
+  seed: int = 0,
+  say: Any = lambda line: None,
+  kinds: Sequence[str] = KINDS,
 ) -> tuple[collections.Counter[str], list[str]]:
   """Runs until so many lives were cut short.
 
@@ -160,6 +164,7 @@ def soak(
     kills: how many.
     seed: of the times, the places and the damage.
     say: called with a line for people after each run.
+    kinds: of `KINDS`, drawn with the same chance; one named twice with twice.
 
   Returns:
     (counts of what was done, what differed from the run left alone).
@@ -195,7 +200,7 @@ def soak(
       workdir = root / "run"
       code = -1
       while code != 0:
-        kind = draw.choice(KINDS)
+        kind = draw.choice(kinds)
         if sum(counts[k] for k in KINDS) >= kills:
           kind = "none"  # let it end
         code = live(workdir, kind)
