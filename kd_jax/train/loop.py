@@ -120,8 +120,10 @@ def fit(
 
     def rescue() -> None:
       """What a thread does if the signal comes in a long compilation."""
-      if checkpoints is None or jax.process_count() > 1:
-        return  # a checkpoint of many processes needs them all
+      if checkpoints is None:
+        return
+      if runner.peers > 1 and jax.process_count() > 1:
+        raise RuntimeError("peers on several hosts cannot be gathered now")
       for left in reversed(range(50)):
         try:
           with saving:

@@ -5,9 +5,11 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -29,8 +31,10 @@ def main(coordinator, count, index, how, path, signalled="no"):
     "eval_every": 4,
     "evaluate": lambda state: {"at": float(state.step)},
   }
-  if signalled == "yes":
+  if signalled == "in step":
     stop_at(problem, fit, options, index)
+  if signalled == "in evaluation":
+    stop_in_a_long_one(fit, options, index)
   fit(**options | {"num_steps": 7})  # and resumes from there
   state = fit(**options)
   leaves = [np.asarray(x) for x in jax.tree.leaves(state.params)]
@@ -55,6 +59,24 @@ def stop_at(problem, fit, options, index):
     sys.stdout.flush()
     os._exit(143)
   raise AssertionError("nobody stopped")
+
+
+def stop_in_a_long_one(fit, options, index):
+  """The second process gets SIGTERM where no Python runs, as in a compile."""
+  from kd_jax.train import signals
+
+  signals.GRACE = 1.0
+
+  @jax.jit
+  def busy(x):
+    return jax.lax.fori_loop(0, 10**9, lambda i, x: jnp.sin(x @ x), x)
+
+  def evaluate(state):
+    if index == "1":
+      threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return {"at": float(busy(jnp.eye(200)).sum())}
+
+  fit(**options | {"evaluate": evaluate})
 
 
 if __name__ == "__main__":
