@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-import numpy as np
 
-from kd_jax.losses import _checks as checks
+from kd_jax.losses import _sums as sums, _tokens as tokens
 
 
 def linear_divergence(
@@ -92,7 +90,7 @@ def linear_divergence(
   Reference: chunks of tokens: Hsu et al. 2024 (Liger Kernel),
   arXiv:2410.10989, Sec. 3.2.
   """
-  heads, chunks, join = _prepare(
+  heads, chunks, join = tokens.prepare(
     *(student_hidden, student_head, teacher_hidden, teacher_head),
     divergence=divergence,
     chunk_size=chunk_size,
@@ -177,7 +175,7 @@ def linear_divergence_sum(
   Reference: gradients with the loss, some tokens at a time: Hsu et al. 2024
   (Liger Kernel), arXiv:2410.10989, Sec. 3.2.
   """
-  heads, chunks, _ = _prepare(
+  heads, chunks, _ = tokens.prepare(
     *(student_hidden, student_head, teacher_hidden, teacher_head),
     divergence=divergence,
     chunk_size=chunk_size,
@@ -187,313 +185,42 @@ def linear_divergence_sum(
     where=where,
     weights=weights,
   )
+  size, vocab = chunks.valid.shape[1], heads[0].full.shape[1]
+  rows = tokens.block(size, vocab)
   # A custom derivative sees arguments alone: numbers of the divergence that
   # are traced, such as its temperature, have to be among them.
-  size, vocab = chunks.valid.shape[1], heads[0].full.shape[1]
-  logits = jax.ShapeDtypeStruct((size, vocab), jnp.float32)
+  logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
   converted, numbers = jax.closure_convert(
-    lambda student, teacher, where: divergence(student, teacher, where=where),
-    *(logits, logits, jax.ShapeDtypeStruct((size,), jnp.bool_)),
+    lambda student, teacher, where: tokens.values(
+      divergence, student, teacher, where
+    ),
+    *(logits, logits, jax.ShapeDtypeStruct((rows,), jnp.bool_)),
   )
 
-  def of_chunk(shared: Any, chunk: _Chunk) -> jax.Array:
+  def of_block(numbers: Any, block: tokens.Chunk) -> jax.Array:
+    loss = converted(block.student, block.teacher, block.valid, *numbers)
+    return tokens.weighted(loss, block).sum()
+
+  def of_chunk(shared: Any, chunk: tokens.Chunk) -> jax.Array:
     heads, numbers = shared
-    divergence = lambda *logits, where: converted(*logits, where, *numbers)
-    return _of_chunk(divergence, heads, chunk).sum()
+    chunk = tokens.with_logits(heads, chunk)
+    if rows == size:
+      return of_block(numbers, chunk)
+    return sums.total(of_block, numbers, jax.tree.map(blocks, chunk))
 
-  return _total(of_chunk, (heads, numbers), chunks)
+  def blocks(x: jax.Array) -> jax.Array:
+    missing = [(0, -size % rows)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, missing).reshape(-1, rows, *x.shape[1:])
 
-
-class _Head(NamedTuple):
-  """A head in the dtype of its products, and in float32 for its gradients."""
-
-  factor: jax.Array
-  full: jax.Array
-  bias: jax.Array | None
-
-
-class _Chunk(NamedTuple):
-  """The rows of a chunk; stacked along axis 0, those of all chunks."""
-
-  student: jax.Array
-  teacher: jax.Array
-  valid: jax.Array
-  weights: jax.Array | None
-
-
-def _prepare(
-  student_hidden: ArrayLike,
-  student_head: ArrayLike,
-  teacher_hidden: ArrayLike,
-  teacher_head: ArrayLike,
-  *,
-  divergence: Callable[..., jax.Array],
-  chunk_size: int,
-  teacher_index: ArrayLike | None,
-  student_bias: ArrayLike | None,
-  teacher_bias: ArrayLike | None,
-  where: ArrayLike | None,
-  weights: ArrayLike | None,
-) -> tuple[tuple[_Head, _Head], _Chunk, Callable[[jax.Array], jax.Array]]:
-  """The heads, all chunks, and what joins their values; checks arguments."""
-  if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
-    raise TypeError(f"chunk_size is {chunk_size!r}; it should be an int")
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size is {chunk_size}; it should be above 0")
-  given = {
-    "student_hidden": student_hidden,
-    "student_head": student_head,
-    "teacher_hidden": teacher_hidden,
-    "teacher_head": teacher_head,
-  }
-  for name, array in given.items():
-    checks.dtype(name, array)  # refuses what is no array
-  named = {name: jnp.asarray(array) for name, array in given.items()}
-  if not callable(divergence):
-    raise TypeError(
-      f"divergence is {divergence!r}; it should be a function such as kl"
-    )
-  _check_shapes(named, teacher_index is not None)
-  hidden_s, head_s, hidden_t, head_t = named.values()
-  shape = hidden_s.shape[:-1]
-  mask = checks.valid(where, shape)
-  hidden_s, hidden_t = checks.select(mask, hidden_s, hidden_t)
-  if weights is not None:
-    (weights,) = checks.floats(weights=weights)
-    if weights.shape != shape:
-      raise ValueError(
-        f"weights has shape {weights.shape} and student_hidden has shape "
-        f"{hidden_s.shape}; it should be {shape}, one weight per token"
-      )
-    (weights,) = checks.select(mask, weights)
-  bias_s = _bias("student_bias", student_bias, head_s)
-  bias_t = _bias("teacher_bias", teacher_bias, head_t)
-  if teacher_index is not None:
-    head_t, bias_t = _columns(teacher_index, head_s, head_t, bias_t)
-  hidden_s, first = _factors(hidden_s, head_s, bias_s)
-  hidden_t, second = _factors(hidden_t, head_t, bias_t)
-
-  # At most chunk_size tokens at a time, as even as can be.
-  tokens = math.prod(shape)
-  chunks = max(1, -(-tokens // chunk_size))
-  size = -(-tokens // chunks)
-
-  def split(x: jax.Array) -> jax.Array:
-    rows = x.reshape(tokens, *x.shape[len(shape) :])
-    padding = [(0, size * chunks - tokens)] + [(0, 0)] * (rows.ndim - 1)
-    rows = jnp.pad(rows, padding)
-    # Every chunks-th token, not neighbours: where the tokens are divided over
-    # devices, each has its share of every chunk then.
-    return rows.reshape(size, chunks, *rows.shape[1:]).swapaxes(0, 1)
-
-  def join(values: jax.Array) -> jax.Array:
-    return values.swapaxes(0, 1).reshape(-1)[:tokens].reshape(shape)
-
-  everything = jnp.ones(shape, bool) if mask is None else mask
-  rows = _Chunk(hidden_s, hidden_t, everything, weights)
-  return (first, second), jax.tree.map(split, rows), join
-
-
-def _check_shapes(named: dict[str, jax.Array], mapped: bool) -> None:
-  checks.floats(**named)
-  hidden_s, head_s, hidden_t, head_t = named.values()
-  if not (
-    hidden_s.ndim > 0
-    and hidden_t.ndim > 0
-    and head_s.ndim == head_t.ndim == 2
-    and hidden_s.shape[:-1] == hidden_t.shape[:-1]
-    and hidden_s.shape[-1] == head_s.shape[0]
-    and hidden_t.shape[-1] == head_t.shape[0]
-    and 0 not in (*head_s.shape, *head_t.shape)
-    and (mapped or head_s.shape[1] == head_t.shape[1])
-  ):
-    shapes = [f"{name} has shape {x.shape}" for name, x in named.items()]
-    raise ValueError(
-      f"{', '.join(shapes)}; they should be [..., student_width], "
-      "[student_width, vocab], [..., teacher_width], [teacher_width, vocab] "
-      "(a teacher of another vocabulary needs teacher_index)"
-    )
-
-
-def _bias(
-  name: str, bias: ArrayLike | None, head: jax.Array
-) -> jax.Array | None:
-  if bias is None:
-    return None
-  (bias,) = checks.floats(**{name: bias})
-  if bias.shape != head.shape[1:]:
-    raise ValueError(
-      f"{name} has shape {bias.shape} and the head has shape {head.shape}; it "
-      f"should be {head.shape[1:]} (nothing is broadcast)"
-    )
-  return bias
-
-
-def _columns(
-  index: ArrayLike,
-  head_s: jax.Array,
-  head_t: jax.Array,
-  bias: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-  """The teacher's head and bias with a column for each student class."""
-  dtype = checks.dtype("teacher_index", index)
-  if not jnp.issubdtype(dtype, jnp.integer):
-    raise TypeError(f"teacher_index has dtype {dtype}; it should be integer")
-  if jnp.shape(index) != head_s.shape[1:]:
-    raise ValueError(
-      f"teacher_index has shape {jnp.shape(index)} and student_head has shape "
-      f"{head_s.shape}; it should be {head_s.shape[1:]}"
-    )
-  columns = head_t.shape[1]
-  if checks.is_known(index):
-    numbers = np.asarray(index)
-    wrong = numbers[(numbers < -1) | (numbers >= columns)]
-    if wrong.size:
-      raise ValueError(
-        f"teacher_index holds {wrong[0]}; it should hold numbers from -1 to "
-        f"{columns - 1}, as teacher_head has shape {head_t.shape}"
-      )
-  index = jnp.asarray(index).astype(jnp.int32)
-  usable, lacking = (index >= 0) & (index < columns), index == -1
-  index = jnp.where(usable, index, 0)
-  shift = jnp.zeros(columns) if bias is None else bias
-  shift = jnp.where(usable, shift[index], jnp.where(lacking, -jnp.inf, jnp.nan))
-  return jnp.where(usable, head_t[:, index], 0.0), shift
-
-
-def _factors(
-  hidden: jax.Array, head: jax.Array, bias: jax.Array | None
-) -> tuple[jax.Array, _Head]:
-  """Hidden states and head in the dtype in which they are multiplied."""
-  low = hidden.dtype == head.dtype == jnp.bfloat16
-  dtype = jnp.bfloat16 if low else jnp.float32
-  full = head.astype(jnp.float32)
-  factor = lax.stop_gradient(head.astype(dtype))
-  return hidden.astype(dtype), _Head(factor, full, bias)
+  return sums.total(of_chunk, (heads, numbers), chunks)
 
 
 def _of_chunk(
   divergence: Callable[..., jax.Array],
-  heads: tuple[_Head, _Head],
-  chunk: _Chunk,
+  heads: tuple[tokens.Head, tokens.Head],
+  chunk: tokens.Chunk,
 ) -> jax.Array:
   """The values of a chunk's tokens, float32."""
-  valid = chunk.valid
-  student = _logits(chunk.student, heads[0])
-  teacher = _logits(chunk.teacher, heads[1])
-  loss = jnp.asarray(divergence(student, teacher, where=valid), jnp.float32)
-  if loss.shape != valid.shape:
-    raise ValueError(
-      f"divergence gives shape {loss.shape} for logits of {valid.shape[0]} "
-      f"tokens; it should give one value per token, {valid.shape}"
-    )
-  loss = checks.masked(loss, valid)
-  return loss if chunk.weights is None else chunk.weights * loss
-
-
-def _logits(rows: jax.Array, head: _Head) -> jax.Array:
-  logits = _matmul(rows, head.factor, head.full)
-  return logits if head.bias is None else logits + head.bias
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(
-  of_chunk: Callable[[Any, _Chunk], jax.Array], shared: Any, chunks: _Chunk
-) -> jax.Array:
-  """The sum of of_chunk(shared, chunk), scalars, over the chunks.
-
-  Differentiated, it computes the gradients along with it: those of what the
-  chunks share add up, in the dtype of that, those of the chunks are stacked.
-  """
-  return lax.map(functools.partial(of_chunk, shared), chunks).sum()
-
-
-def _total_forward(
-  of_chunk: Callable[[Any, _Chunk], jax.Array], shared: Any, chunks: Any
-) -> tuple[jax.Array, Any]:
-  def take(tree: Any, asked: bool) -> Any:
-    """The arrays whose gradients are asked for, or the others; else None."""
-    return jax.tree.map(
-      lambda x: x.value if x.perturbed == asked else None, tree
-    )
-
-  def join(tree: Any, moved: Any, fixed: Any) -> Any:
-    return jax.tree.map(
-      lambda x, m, f: m if x.perturbed else f, tree, moved, fixed
-    )
-
-  def add(grads: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
-    moved, fixed = chunk
-
-    def loss(of_all: Any, own: Any) -> jax.Array:
-      return of_chunk(
-        join(shared, of_all, take(shared, False)), join(chunks, own, fixed)
-      )
-
-    value, (to_shared, to_chunk) = jax.value_and_grad(loss, argnums=(0, 1))(
-      take(shared, True), moved
-    )
-    return jax.tree.map(jnp.add, grads, to_shared), (value, to_chunk)
-
-  to_shared, (values, to_chunks) = lax.scan(
-    add,
-    jax.tree.map(jnp.zeros_like, take(shared, True)),
-    (take(chunks, True), take(chunks, False)),
-  )
-  # What is saved has to be the same tree whatever is asked for, so what is not
-  # is saved as well, without entries.
-  saved = jax.tree.map(
-    lambda x, grad: (
-      grad[..., None]
-      if x.perturbed
-      else jnp.zeros((*x.value.shape, 0), x.value.dtype)
-    ),
-    (shared, chunks),
-    (to_shared, to_chunks),
-  )
-  return values.sum(), saved
-
-
-def _total_backward(
-  of_chunk: Callable[[Any, _Chunk], jax.Array], saved: Any, gradient: jax.Array
-) -> Any:
-  def scaled(grad: jax.Array) -> jax.Array | None:
-    if not jnp.issubdtype(grad.dtype, jnp.floating):
-      return None
-    if not grad.shape[-1]:
-      return jnp.zeros(grad.shape[:-1], grad.dtype)
-    return (gradient * grad[..., 0]).astype(grad.dtype)
-
-  return jax.tree.map(scaled, saved)
-
-
-_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)
-
-
-@jax.custom_vjp
-def _matmul(a: jax.Array, b: jax.Array, full: jax.Array) -> jax.Array:
-  """The product a b in float32; the gradient of b goes to `full` instead.
-
-  `full` is b in float32. A loop adds up gradients in the dtype of what they
-  belong to, which may be too short for b's.
-  """
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(
-  a: jax.Array, b: jax.Array, full: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return _matmul(a, b, full), (a, b, full)
-
-
-def _matmul_backward(
-  saved: tuple[jax.Array, ...], gradient: jax.Array
-) -> tuple[jax.Array, None, jax.Array]:
-  a, b, full = saved
-  gradient = gradient.astype(a.dtype)
-  to_a = _matmul(gradient, b.T, full.T).astype(a.dtype)
-  to_b = jnp.matmul(a.T, gradient, preferred_element_type=jnp.float32)
-  return to_a, None, to_b
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+  chunk = tokens.with_logits(heads, chunk)
+  loss = tokens.values(divergence, chunk.student, chunk.teacher, chunk.valid)
+  return tokens.weighted(loss, chunk)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kd_jax import losses
+from kd_jax.losses import _batch as batch, _tokens as tokens
 from tests import references
 from tests.losses.test_linear_heads import (
   EVERYTHING,
@@ -236,6 +237,39 @@ def test_a_stopped_gradient_costs_nothing():
   assert one <= 1.01 * other
 
 
+# Rows of a chunk at a time
+
+
+@pytest.fixture
+def in_pairs(monkeypatch):
+  """The divergence of two rows of a chunk at a time."""
+  monkeypatch.setattr(tokens, "block", lambda size, vocab: min(size, 2))
+
+
+@pytest.mark.parametrize("name", ["kl", "jsd"])
+def test_rows_of_a_chunk_at_a_time_give_the_same(name, in_pairs):
+  """Pairs do not divide the chunks of 3, so a row of padding is among them."""
+  divergence = getattr(losses, name)
+  run = value_and_grads(total, chunk_size=3, divergence=divergence)
+  arrays = [*inputs(), WEIGHTS]
+  assert_same(
+    run(*arrays, where=SOME), program(total, 3, divergence)(*arrays, where=SOME)
+  )
+
+
+def test_how_many_rows_at_a_time(monkeypatch):
+  """Few on one CPU, all where rows may be divided over devices."""
+  monkeypatch.setattr(batch, "CACHE", 2**15)
+  assert jax.device_count() > 1 and tokens.block(128, 8192) == 128
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert tokens.block(128, 8192) == 4
+  assert tokens.block(5, 8192) == 3  # as even as can be
+  assert tokens.block(4, 7) == 4
+  assert tokens.block(4, 10**6) == 1
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert tokens.block(128, 8192) == 128
+
+
 # Transformations
 
 
@@ -287,7 +321,7 @@ EXACT = lambda a, b, c, d: cubic(a @ b, c @ d).sum()
   }.items(),
   ids=operator.itemgetter(0),
 )
-def test_transformations(transformed):
+def test_transformations(transformed, in_pairs):
   _, transform = transformed
   *arrays, _, _ = inputs(shape=(6,))
   one = jax.jit(transform(RUN))(*arrays)
@@ -298,7 +332,7 @@ def test_transformations(transformed):
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_program_differentiated_in_different_arguments():
+def test_one_program_differentiated_in_different_arguments(in_pairs):
   """JAX keeps the traced function: what is saved must not depend on them."""
   *arrays, _, _ = inputs(shape=(6,))
   inner = jax.jit(RUN)
@@ -312,7 +346,7 @@ def test_one_program_differentiated_in_different_arguments():
     )
 
 
-def test_traced_numbers_of_the_divergence_are_differentiated():
+def test_traced_numbers_of_the_divergence_are_differentiated(in_pairs):
   """Each with a temperature and a shift of its own, and its own gradient."""
   *arrays, _, _ = inputs()
 
