@@ -75,6 +75,7 @@ def load(config):
     train.check_divides(s.batch_size, len(devices))
     train.index_batches(0, s.batch_size, len(data["id"]))
     model = models.create(s.model, len(known), **s.fields)
+    models.template(s.model, len(known), (config.window,), **s.fields)
     train.optimizer(1, **s.optimizer)
   for number, name in enumerate(config.rows):
     check_choice("rows", name, tuple(config.students))

@@ -76,6 +76,7 @@ def load(config):
   bias = [f"{row}+bias" for row in config.rows]
   train.check_comparison(config.rows, config.claims, config.seeds, derived=bias)
   check_number("holdout", config.holdout, least=0, most=n - 1)
+  train.check_seeds("teacher.seeds", config.teacher.seeds)
   train.check_periods(config)
   train.check_settings("", config)
   for name in ("teacher", "student"):

@@ -14,6 +14,7 @@ from kd_jax.train.checks import (
   check_comparison as check_comparison,
   check_ensembles as check_ensembles,
   check_periods as check_periods,
+  check_seeds as check_seeds,
   check_settings as check_settings,
   check_splits as check_splits,
   check_student as check_student,

@@ -10,6 +10,9 @@ from kd_jax.train.period import Period
 
 PERIODS = ("eval_every", "save_every", "log_every")
 
+# Of a larger seed, jax.random.key sees the lowest 32 bits only.
+MOST_SEED = 2**32 - 1
+
 # What the fields of a config mean, and so which values they can have.
 _RANGES: dict[str, dict[str, float]] = {
   "steps": {"least": 1},
@@ -33,10 +36,15 @@ _RANGES: dict[str, dict[str, float]] = {
   "padding": {"least": 0},
   "size": {"least": 0},
   "readers": {"least": 0},
-  "seed": {"least": 0},
+  "seed": {"least": 0, "most": MOST_SEED},
+  "offset": {"least": 0, "most": MOST_SEED},
   "max_shift": {"least": 0},
   "decay": {"least": 0, "below": 1},
   "exchange_every": {"least": 1},
+  "steps_per_call": {"least": 1},
+  "tokens": {"least": 0},
+  "probes": {"least": 2},
+  "radius": {"above": 0},
   "paper": {"least": 0},
   "paper_bias": {"least": 0},
 }
@@ -79,12 +87,20 @@ def check_comparison(
       f"claims speak of {sorted(missing)}, which rows leaves out; name other "
       'claims, or none with --config.claims="()"'
     )
+  if not seeds:
+    raise ValueError("seeds is (); it should name at least one")
+  check_seeds("seeds", seeds)
+
+
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+  """Raises ValueError unless seeds are distinct whole numbers in range."""
   if not all(isinstance(seed, int) for seed in seeds):
-    raise ValueError(f"seeds is {tuple(seeds)}; it should hold whole numbers")
-  if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    raise ValueError(f"{name} is {tuple(seeds)}; it should hold whole numbers")
+  distinct = len(set(seeds)) == len(seeds)
+  if not distinct or not all(0 <= seed <= MOST_SEED for seed in seeds):
     raise ValueError(
-      f"seeds is {tuple(seeds)}; it should name at least one, distinct seeds "
-      "from 0 on"
+      f"{name} is {tuple(seeds)}; it should hold distinct seeds from 0 to "
+      f"{MOST_SEED}"
     )
 
 

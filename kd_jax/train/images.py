@@ -47,7 +47,8 @@ class Images:
       ValueError: if the images are to be on the device but vary in size, or
         are to be cropped for neither.
     """
-    if len(evaluation) not in (0, 2):
+    whole = all(isinstance(side, int) for side in evaluation)
+    if len(evaluation) not in (0, 2) or not whole:
       raise ValueError(
         f"evaluation is {tuple(evaluation)}; it should be (resize, size) or ()"
       )

@@ -52,6 +52,10 @@ def test_periods_and_seeds():
       train.check_comparison(rows, (), (0,))
   with pytest.raises(ValueError, match="devices is 9; it should be at most 8"):
     train.use_devices(9)
-  for seeds in ((), (1, 1), (-1,)):
-    with pytest.raises(ValueError, match="at least one, distinct seeds"):
+  with pytest.raises(ValueError, match="seeds is .*at least one"):
+    train.check_comparison(("a",), (), ())
+  for seeds in ((1, 1), (-1,), (2**32,)):  # 2**32 would be 0 once more
+    with pytest.raises(ValueError, match="seeds is .* distinct seeds from 0"):
       train.check_comparison(("a",), (), seeds)
+  with pytest.raises(ValueError, match=r"x.seeds is \(1.5,\); .*whole numbers"):
+    train.check_seeds("x.seeds", (1.5,))

@@ -104,5 +104,7 @@ def test_what_is_refused():
     train.Images(make_source(), crop=CROP)
   with pytest.raises(ValueError, match=r"evaluation is \(8,\)"):
     train.Images(make_source(), crop=CROP, evaluation=(8,))
+  with pytest.raises(ValueError, match=r"evaluation is \('a', 'b'\)"):
+    train.Images(make_source(), crop=CROP, evaluation=("a", "b"))
   with pytest.raises(ValueError, match="views is 3; images read on the host"):
     on_host().feed(0, 4, keys=[KEY], views=3)
