@@ -98,10 +98,12 @@ def load(config):
       where, row, taught=bool(row.teacher), before=config.rows[:number]
     )
   train.check_networks(config, used, images)
-  return images, images.test.evaluated(), kept, branches(config, images)
+  test = images.test.evaluated()
+  branched = branches(config, images, test["image"][:4])
+  return images, test, kept, branched
 
 
-def branches(config, images):
+def branches(config, images, few):
   """The rows that are taken from another run, {(row, seed): variables}."""
   run, rows = config.branch.run, config.branch.rows
   if bool(run) != bool(rows):
@@ -125,7 +127,7 @@ def branches(config, images):
     for seed in config.seeds:
       stage = os.path.join(run, f"seed{seed}", name)
       with naming("branch.run"):
-        found = train.image_teacher(config, settings, images, stage)
+        found = train.image_teacher(config, settings, images, stage, few)
       branched[name, seed] = found
   return branched
 

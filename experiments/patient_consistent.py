@@ -98,14 +98,15 @@ def load(config):
   train.check_comparison(config.rows, config.claims, config.seeds)
   images = train.load_images(config)
   classes, view = images.num_classes, config.view
-  checkpoints = {}
+  test, checkpoints = images.test.evaluated(), {}
+  few = test["image"][:4]
   for name, s in config.teachers.items():
     where = f"teachers.{name}"
     if not s.checkpoint:
       train.check_network(config, where, s, images.pool, classes)
       continue
     with naming(f"{where}.checkpoint"):
-      found = train.image_teacher(config, s, images, s.checkpoint)
+      found = train.image_teacher(config, s, images, s.checkpoint, few)
       checkpoints[name] = found
   used = {}
   for name in config.rows:
@@ -120,7 +121,7 @@ def load(config):
         f"{' and '.join(MODES[3:])} with images on the device"
       )
   train.check_networks(config, used, images)
-  return images, images.test.evaluated(), checkpoints
+  return images, test, checkpoints
 
 
 def knowledge(config, row, images, seed, name, teacher, variables, path):

@@ -267,6 +267,8 @@ def teacher_files(folder, name):
   start = jax.tree.map(np.array, start)
   if name == "nan":
     start["params"]["Dense_0"]["bias"][3] = np.nan
+  if name == "large":  # finite, but its logits are not
+    start = jax.tree.map(lambda x: 1e30 * x, start)
   path = folder / "x.safetensors"
   models.save(path, start)
   content = path.read_bytes()
@@ -293,6 +295,7 @@ def teacher_files(folder, name):
   "name,message",
   [
     ("nan", "x.safetensors is not finite: params/Dense_0/bias holds NaN"),
+    ("large", "x.safetensors is not finite: its logits hold"),
     ("classes", "Dense_1/bias has shape (7,); it should be (10,)"),
     ("cut", "x.safetensors cannot be read"),
     ("flip", "x.safetensors is damaged: its SHA-256 is not the one"),

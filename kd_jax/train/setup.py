@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kd_jax import data, models
+from kd_jax import data, models, teachers
 from kd_jax.data import augment
 from kd_jax.errors import BadInput, check_choice, check_number, naming
 from kd_jax.files import read_json
@@ -197,15 +197,16 @@ def check_networks(
 
 
 def image_teacher(
-  config: Any, settings: Any, images: ImageData, path: str
+  config: Any, settings: Any, images: ImageData, path: str, few: Any
 ) -> dict[str, Any]:
-  """The variables of a trained network, see `load_teacher`.
+  """The variables of a trained network, see `load_teacher`; it is tried out.
 
   Args:
     config: has `view.size`.
     settings: of the network, see `image_model`.
     images: whose classes and channels it should have.
     path: of the file, or of the stage of another run.
+    few: uint8 [at least 2, H, W, C], images on which it is asked.
 
   Returns:
     {"params", "state"}.
@@ -213,7 +214,7 @@ def image_teacher(
   Raises:
     BadInput: if it cannot be read, is of another architecture, or was trained
       by a run on classes of other names or in another order, or holds numbers
-      that are not finite.
+      that are not finite, or does not pass `teachers.check`.
   """
   names = images.pool.class_names
   run = pathlib.Path(path).absolute().parent.parent  # of RUN/seed0/NAME
@@ -238,6 +239,10 @@ def image_teacher(
     if not np.isfinite(leaf).all():
       name = jax.tree_util.keystr(key, simple=True, separator="/")
       raise BadInput(f"{path} is not finite: {name} holds NaN or inf")
+  classes = images.num_classes
+  model = image_model(config, settings, classes)
+  shown = augment.whole(few)
+  teachers.check(model, variables, shown, classes=classes, name=path)
   return variables
 
 
