@@ -121,15 +121,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
   typed, sys.argv = sys.argv, argv  # config_flags looks for overrides there
   try:
     rest = values(argv)
-  except (
-    flags.Error,
-    AttributeError,
-    LookupError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-  ) as error:
+  except Exception as error:  # the config file is a program
     raise BadInput(_explain(error, argv)) from error
   finally:
     sys.argv = typed
@@ -138,6 +130,10 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
   if values["config"].value is None:
     raise BadInput(
       "--config is missing; as --config=configs/NAME/SETTING.py, see configs/"
+    )
+  if not isinstance(values["config"].value, ConfigDict):
+    raise BadInput(
+      "--config: get_config of the file should return a ConfigDict"
     )
   if not values["workdir"].value:
     raise BadInput("--workdir is missing; as --workdir=runs/first")
@@ -204,6 +200,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
   if "Traceback" in text:  # of the config file itself: its last line says it
     last = text.splitlines()[-1].removeprefix("ValueError: ")
     return f"the config file failed: {last}"
+  expected = flags.Error, AttributeError, LookupError, OSError, SyntaxError
+  if not isinstance(error, (*expected, TypeError, ValueError)):
+    return f"the config file failed: {type(error).__name__}: {text}"
   return text or type(error).__name__
 
 

@@ -132,6 +132,26 @@ def test_wrong_input(capsys, monkeypatch, tmp_path, args, message):
   refused(capsys, monkeypatch, tmp_path / "run", args, message)
 
 
+@pytest.mark.parametrize(
+  "lines,message",
+  [
+    ("return {", "'{' was never closed (broken.py, line 2)"),
+    ("return 1 / 0", "the config file failed: ZeroDivisionError: division by"),
+    ("import nowhere", "the config file failed: ModuleNotFoundError: No mod"),
+    ("return steps", "the config file failed: NameError: name 'steps' is not"),
+    ("return [1]", "get_config of the file should return a ConfigDict"),
+    ("raise ValueError('no such size')", "no such size"),
+  ],
+)
+def test_a_config_file_that_fails(
+  capsys, monkeypatch, tmp_path, lines, message
+):
+  path = tmp_path / "broken.py"
+  path.write_text(f"def get_config(arg=''):\n  {lines}\n")
+  args = [f"--config={path}"]
+  refused(capsys, monkeypatch, tmp_path / "run", args, message)
+
+
 def refused(capsys, monkeypatch, workdir, args, message, run=hinton.run):
   """One line, exit code 2, and nothing is written."""
   args = [*args, f"--workdir={workdir}"]
