@@ -89,6 +89,10 @@ def load(config):
     check_choice("rows", name, tuple(config.students))
     s = config.students[name]
     train.check_student(f"students.{name}", s, taught=True)
+    if not all(isinstance(label, int) for label in s.classes):
+      raise ValueError(
+        f"students.{name}.classes is {s.classes}; it should hold whole numbers"
+      )
     if len(set(s.classes)) < len(s.classes):
       raise ValueError(f"students.{name}.classes names one twice")
     for label in s.classes:

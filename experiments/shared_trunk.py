@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from kd_jax import cli, compression, losses, targets, train
 from kd_jax.data import augment
-from kd_jax.errors import check_choice
+from kd_jax.errors import check_choice, check_number
 from kd_jax.reduce import Term
 
 # Which way to combine the branches each method needs.
@@ -147,6 +147,8 @@ def load(config):
         f"{where}.network is {row.network!r}; the method 'own_teacher' needs a "
         "network of model 'multi_exit'"
       )
+    if row.method == "own_teacher":  # the labels' share is what remains of 1
+      check_number(f"{where}.soft_weight", row.soft_weight, least=0, most=1)
     if row.method == "rocket" and heads_of(s) != 2:
       raise ValueError(
         f"{where}.network is {row.network!r}; the method 'rocket' needs a "

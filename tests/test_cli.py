@@ -125,6 +125,8 @@ def call(capsys, monkeypatch, *args, run=hinton.run):
       [SMOKE, f"--config.seeds=(0,{2**32})"],
       f"distinct seeds from 0 to {MOST}",
     ),
+    ([SMOKE, "--config.students.hard.classes=(1.5,2)"], "classes is (1.5, 2);"),
+    ([SMOKE, "--config.students.hard.classes=('3',)"], "classes is ('3',); it"),
     ([SMOKE + ",devices=9"], "devices is 9; it should be at most 8"),
   ],
 )
@@ -219,6 +221,11 @@ def test_every_experiment_refuses(
     (MUTUAL, "cohorts.mutual_2.temperature=0", "temperature is 0.0; it should"),
     (MUTUAL, "cohorts.mutual_2.teach=((1,2),)", "mutual_2.teach is ((1, 2),)"),
     (TRUNK, "students.one.soft_weight=nan", "students.one.soft_weight is nan"),
+    (
+      TRUNK,
+      "students.own_teacher.soft_weight=1.5",
+      "soft_weight is 1.5; it sh",
+    ),
     (LM, "students.generation_1_labels.temperature=0", "temperature is 0.0"),
     (LM, "network.batch_size=12", "network: batch_size is 12; it should be"),
     (LM, "text=none.txt", "text none.txt does not exist"),
