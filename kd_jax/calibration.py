@@ -10,6 +10,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from kd_jax.errors import NotFinite
+
 # Newton with bisection as its safety net: halving alone would need about 60.
 _NEWTON_STEPS = 100
 
@@ -50,7 +52,7 @@ def select(
   bad = np.isnan(logits).any(axis=1) | ~np.isfinite(top)
   if bad.any():
     row = int(np.argmax(bad))
-    raise ValueError(
+    raise NotFinite(
       f"{name}[{kept[row]}] is {logits[row]}; it should be finite, or -inf for "
       "some of the classes"
     )

@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 from typing import Any
+import warnings
 
 from absl import flags, logging as absl_logging
 import jax
@@ -71,6 +72,7 @@ def main(
   except BadInput as error:
     _leave(error)
   _mute_orbax()
+  warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
   if values["distributed"].value:
     try:
       jax.distributed.initialize()
@@ -82,6 +84,10 @@ def main(
   except BadInput as error:
     _leave(error)
   except (FloatingPointError, CheckpointError) as error:
+    _leave(error, code=1)
+  except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+      raise
     _leave(error, code=1)
   except BrokenPipeError:  # the reader of the table has seen enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

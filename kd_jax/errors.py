@@ -14,6 +14,13 @@ class BadInput(ValueError):
   """
 
 
+class NotFinite(FloatingPointError, ValueError):
+  """A NaN or an infinity where a result should be, as of a run that diverged.
+
+  Commands print its message as one line and exit with code 1.
+  """
+
+
 class CheckpointError(RuntimeError):
   """No checkpoint can be trusted, or one could not be written.
 

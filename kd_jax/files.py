@@ -43,19 +43,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
   write(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
   """What a JSON file of a run holds.
 
   Args:
     path: of the file.
+    kind: that it should be, of those of `json.loads`.
 
   Raises:
     BadInput: if it is missing, as files of a run are there whole or not at
-      all, or cut or changed.
+      all, or cut or changed, or of another kind.
   """
   try:
-    return json.loads(pathlib.Path(path).read_bytes())
+    found = json.loads(pathlib.Path(path).read_bytes())
   except FileNotFoundError:
     raise BadInput(f"{path} is missing; restore it from a copy") from None
   except ValueError as error:
     raise BadInput(f"{path} is damaged: {error}") from None
+  if not isinstance(found, kind):
+    raise BadInput(
+      f"{path} is damaged: it holds a {type(found).__name__}, not a "
+      f"{kind.__name__}"
+    )
+  return found

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax import comparison
+from kd_jax.errors import NotFinite
 from kd_jax.files import write_text
 
 Result = Mapping[str, Any]
@@ -241,7 +242,7 @@ def plain(value: Any, where: str = "result") -> Any:
   if hasattr(value, "tolist"):  # NumPy and JAX, arrays and scalars
     return plain(value.tolist(), where)
   if isinstance(value, float) and not math.isfinite(value):
-    raise ValueError(f"{where} is {value}; it should be a finite number")
+    raise NotFinite(f"{where} is {value}; it should be a finite number")
   if value is None or isinstance(value, str | bool | int | float):
     return value
   raise TypeError(f"{where} is a {type(value).__name__}; JSON has no such kind")

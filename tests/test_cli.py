@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from experiments import (
   patient_consistent,
   shared_trunk,
 )
-from kd_jax import cli, models, train
+from kd_jax import cli, models, result_file, train
 from kd_jax.data import raw, writer
 
 CONFIG = "configs/hinton/mnist5k.py"
@@ -393,12 +394,37 @@ def test_overrides_reach_the_run_in_every_form(capsys, monkeypatch, tmp_path):
   assert config.seeds == (4,)
 
 
-def test_a_failed_run_is_exit_code_1(capsys, monkeypatch, tmp_path):
-  def run(config, workdir):
-    raise FloatingPointError("step 3 is not finite: hard = nan")
+def not_finite():
+  raise FloatingPointError("step 3 is not finite: hard = nan")
 
+
+def diverged():
+  result_file.plain({"rows": [float("inf")]})
+
+
+def too_large():
+  return jax.numpy.ones(2**45).sum().item()
+
+
+@pytest.mark.parametrize(
+  "fail,line",
+  [
+    (not_finite, "step 3 is not finite: hard = nan"),
+    (diverged, "result.rows[0] is inf; it should be a finite number"),
+    (too_large, "RESOURCE_EXHAUSTED: "),
+  ],
+)
+def test_a_failed_run_is_exit_code_1(capsys, monkeypatch, tmp_path, fail, line):
+  run = lambda config, workdir: fail()
   code, err = call(capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=run)
-  assert code == 1 and err == "error: step 3 is not finite: hard = nan\n"
+  assert code == 1 and err.startswith(f"error: {line}") and err.count("\n") == 1
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch, tmp_path):
+  monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+  call(capsys, monkeypatch, SMOKE, f"--workdir={tmp_path}", run=lambda *_: None)
+  shown = warnings.formatwarning("skipped", UserWarning, "loop.py", 1, "line")
+  assert shown == "warning: skipped\n"
 
 
 @pytest.fixture(scope="module")
@@ -469,10 +495,11 @@ def test_no_good_checkpoint_is_exit_code_1(capsys, monkeypatch, copy):
   "name", ["config.json", "inputs.json", "seconds.json", "changes.json"]
 )
 def test_a_file_of_the_run_that_is_cut(capsys, monkeypatch, copy, name):
-  (copy / name).write_text("{")
-  code, err = call(capsys, monkeypatch, SMOKE, f"--workdir={copy}")
-  assert code == 2 and f"{copy / name} is damaged" in err
-  assert err.startswith("error: ") and err.count("\n") == 1
+  for text in ("{", "7"):
+    (copy / name).write_text(text)
+    code, err = call(capsys, monkeypatch, SMOKE, f"--workdir={copy}")
+    assert code == 2 and f"{copy / name} is damaged" in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_what_is_not_finite_is_exit_code_1(capsys, monkeypatch, tmp_path):

@@ -15,8 +15,8 @@ MOST_SEED = 2**32 - 1
 
 # What the fields of a config mean, and so which values they can have.
 _RANGES: dict[str, dict[str, float]] = {
-  "steps": {"least": 1},
-  "epochs": {"above": 0},
+  "steps": {"least": 1, "most": 2**31 - 1},
+  "epochs": {"above": 0, "most": 1e8},
   "batch_size": {"least": 1},
   "learning_rate": {"above": 0},
   "weight_decay": {"least": 0},

@@ -202,7 +202,7 @@ def _timed(path: pathlib.Path) -> Iterator[Callable[[], float]]:
     was killed counts up to the last file that it wrote in a stage.
   """
   total, session = path / "seconds.json", path / "session.json"
-  read = lambda file: read_json(file) if file.exists() else 0.0
+  read = lambda file: read_json(file, float) if file.exists() else 0.0
   earlier = read(total)
   if session.exists():  # it had no time to end
     last = [f.stat().st_mtime for f in path.glob("*/**/*") if f.is_file()]

@@ -178,7 +178,7 @@ def _take(lock: TextIO, path: pathlib.Path) -> None:
 def read_changes(path: pathlib.Path) -> list[str]:
   """What was changed while a run was going on, a line for each field."""
   stored = path / "changes.json"
-  return read_json(stored) if stored.exists() else []
+  return read_json(stored, list) if stored.exists() else []
 
 
 def _changes(
