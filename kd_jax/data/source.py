@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kd_jax.data import order
+from kd_jax.errors import BadInput
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -127,14 +128,14 @@ class Source:
       (ids int32[k], k images uint8[H, W, C], labels int32[k]).
 
     Raises:
-      ValueError: if a label is outside the classes; the message names the id.
+      BadInput: if a label is outside the classes; the message names the id.
     """
     ids = self.ids[positions]
     images, labels = self.fetch(ids)
     bad = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
     if bad.size:
       first = bad[0]
-      raise ValueError(
+      raise BadInput(
         f"label {labels[first]} of id {ids[first]} in {self._where()} is "
         f"outside its {self.num_classes} classes [0, {self.num_classes - 1}]"
       )
@@ -146,7 +147,7 @@ class Source:
     shape = images[0].shape
     for image, row in zip(images, ids, strict=True):
       if image.shape != shape:
-        raise ValueError(
+        raise BadInput(
           f"images differ in shape in {self._where()}: id {ids[0]} is "
           f"{list(shape)}, id {row} is {list(image.shape)}; crop or resize "
           "them to one shape first"

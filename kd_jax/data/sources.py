@@ -14,6 +14,7 @@ import numpy as np
 
 from kd_jax.data import png
 from kd_jax.data.source import Fetch, Source, read_only, require
+from kd_jax.errors import BadInput
 
 _DIGITS_FILE = ("data", "data", "mnist_5k.csv.gz")
 _DIGITS_SHA256 = (
@@ -207,7 +208,7 @@ def _tfds_fetch(builder: Any, split: str, where: str) -> Fetch:
     try:
       return decode(records.__getitems__([row])[0])
     except Exception as error:
-      raise ValueError(
+      raise BadInput(
         f"record {row} of {where} split {split!r} cannot be read: "
         f"{_one_line(error)}"
       ) from error
@@ -221,7 +222,7 @@ def _tfds_fetch(builder: Any, split: str, where: str) -> Fetch:
     images, labels = zip(*pairs, strict=True)
     for image, row in zip(images, rows, strict=True):
       if image.dtype != np.uint8:
-        raise ValueError(
+        raise BadInput(
           f"image of id {row} of {where} is {image.dtype}; it must be uint8"
         )
     return list(images), np.array(labels, np.int64)

@@ -12,6 +12,7 @@ import pytest
 
 from kd_jax import data
 from kd_jax.data import order, raw, sources, writer
+from kd_jax.errors import BadInput
 
 
 def make_arrays(n=40, shape=(4, 5, 1), classes=3, seed=0):
@@ -356,11 +357,15 @@ def test_tfds_damaged_records(tiny, tmp_path):
   middle = len(damaged) // 2
   damaged[middle : middle + 40] = bytes(40)
   file.write_bytes(damaged)
-  with pytest.raises(
-    ValueError, match=r"'tiny' in .* cannot be read"
-  ) as caught:
-    data.to_arrays(data.load("tiny", "train", str(tmp_path)))
+  source = data.load("tiny", "train", str(tmp_path))
+  with pytest.raises(BadInput, match=r"'tiny' in .* cannot be read") as caught:
+    data.to_arrays(source)
   assert "\n" not in str(caught.value)
+  # In the middle of a run, from the thread that reads ahead: still one line.
+  ahead = data.ahead(lambda step: source.rows(np.array([step])), num_threads=1)
+  with pytest.raises(BadInput, match=r"'tiny' in .* cannot be read"):
+    for step in range(len(source)):
+      ahead(step)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
