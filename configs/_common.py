@@ -2,6 +2,9 @@
 
 from ml_collections import ConfigDict
 
+# Without a choice of the dtype in which they compute.
+FLOAT32_ONLY = ("mlp", "cnn", "branched", "multi_exit")
+
 
 def parse(arg, known, default):
   """The words of an argument "a+b", each one of those that are known."""
@@ -34,6 +37,9 @@ def network(model, batch_size, learning_rate, *, fields=(), **more):
   Returns:
     A group of a config.
   """
+  fields = dict(fields)
+  if model not in FLOAT32_ONLY:
+    fields["dtype"] = "float32"  # or "bfloat16", inside of the network
   name = more.pop("name", "adam")
   optimizer = {"name": name, "learning_rate": learning_rate}
   if name == "nesterov":  # see kd_jax.train.staircase
@@ -47,7 +53,7 @@ def network(model, batch_size, learning_rate, *, fields=(), **more):
   return ConfigDict(
     {
       "model": model,
-      "fields": dict(fields),
+      "fields": fields,
       "size": more.pop("size", 0),  # of its images, if not that of the views
       "batch_size": batch_size,
       "clip_norm": 1.0,  # 0 does not clip

@@ -1,6 +1,8 @@
 """The ResNet v2 of Big Transfer: group norm and standardized weights."""
 
 from collections.abc import Sequence
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,15 +35,17 @@ class StdConv(nn.Module):
     features: output channels.
     size: height and width of the filters, odd.
     stride: of both axes.
+    dtype: of the convolution; the filters are standardized in float32.
   """
 
   features: int
   size: int = 1
   stride: int = 1
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Maps [batch, h, w, in] float32 to [batch, h', w', features]."""
+    """Maps [batch, h, w, in] to [batch, h', w', features] of the dtype."""
     shape = (self.size, self.size, inputs.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
     kernel = kernel.astype(jnp.float32)
@@ -49,15 +53,17 @@ class StdConv(nn.Module):
     kernel /= jnp.sqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-10)
     pad = self.size // 2
     return jax.lax.conv_general_dilated(
-      inputs,
-      kernel,
+      inputs.astype(self.dtype),
+      kernel.astype(self.dtype),
       window_strides=(self.stride, self.stride),
       padding=((pad, pad), (pad, pad)),
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
-def _group_norm(name: str, channels: int, groups: int) -> nn.GroupNorm:
+def _group_norm(
+  name: str, channels: int, groups: int, dtype: Any
+) -> nn.GroupNorm:
   count = min(groups, channels)
   if count < 1 or channels % count:
     raise ValueError(
@@ -66,7 +72,11 @@ def _group_norm(name: str, channels: int, groups: int) -> nn.GroupNorm:
   # The variance around the mean, as in the release: E[x^2] - E[x]^2, Flax's
   # default, is less exact.
   return nn.GroupNorm(
-    num_groups=count, epsilon=1e-5, use_fast_variance=False, name=name
+    num_groups=count,
+    epsilon=1e-5,
+    use_fast_variance=False,
+    dtype=dtype,
+    name=name,
   )
 
 
@@ -76,21 +86,24 @@ class Root(nn.Module):
   Attributes:
     features: output channels.
     kind: "imagenet" or "cifar", see `BiTResNet.root`.
+    dtype: of the computation.
   """
 
   features: int
   kind: str
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     """Maps [batch, h, w, c] to [batch, h', w', features]."""
+    common = {"dtype": self.dtype, "name": "conv"}
     if self.kind == "cifar":
-      return StdConv(self.features, size=3, name="conv")(images)
+      return StdConv(self.features, size=3, **common)(images)
     if self.kind != "imagenet":
       raise ValueError(
         f'root is {self.kind!r}; it should be "imagenet" or "cifar"'
       )
-    x = StdConv(self.features, size=7, stride=2, name="conv")(images)
+    x = StdConv(self.features, size=7, stride=2, **common)(images)
     # Zeros, and not the -inf that pooling pads with: x has no ReLU behind it,
     # so that a border window can be negative throughout.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -107,27 +120,32 @@ class Unit(nn.Module):
     features: channels of the 3x3 convolution; four times as many come out.
     stride: of both axes.
     groups: see `BiTResNet.groups`.
+    dtype: of the computation.
   """
 
   features: int
   stride: int
   groups: int
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
     """Maps [batch, h, w, in] to [batch, h', w', 4 features]."""
     channels, features = inputs.shape[-1], self.features
-    x = _group_norm("norm1", channels, self.groups)(inputs)
-    x = nn.relu(x)
+    conv = functools.partial(StdConv, dtype=self.dtype)
+
+    def active(name: str, x: jax.Array) -> jax.Array:
+      norm = _group_norm(name, x.shape[-1], self.groups, self.dtype)
+      return nn.relu(norm(x))
+
+    x = active("norm1", inputs)
     shortcut = inputs
     if self.stride != 1 or channels != 4 * features:
-      proj = StdConv(4 * features, stride=self.stride, name="proj")
-      shortcut = proj(x)
-    x = StdConv(features, name="conv1")(x)
-    x = nn.relu(_group_norm("norm2", features, self.groups)(x))
-    x = StdConv(features, size=3, stride=self.stride, name="conv2")(x)
-    x = nn.relu(_group_norm("norm3", features, self.groups)(x))
-    return shortcut + StdConv(4 * features, name="conv3")(x)
+      shortcut = conv(4 * features, stride=self.stride, name="proj")(x)
+    x = active("norm2", conv(features, name="conv1")(x))
+    x = conv(features, size=3, stride=self.stride, name="conv2")(x)
+    x = active("norm3", x)
+    return shortcut + conv(4 * features, name="conv3")(x)
 
 
 class Block(nn.Module):
@@ -138,12 +156,14 @@ class Block(nn.Module):
     features: of each unit.
     stride: of the first unit.
     groups: see `BiTResNet.groups`.
+    dtype: of the computation.
   """
 
   units: int
   features: int
   stride: int
   groups: int
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,7 +171,8 @@ class Block(nn.Module):
     for i in range(self.units):
       stride = self.stride if i == 0 else 1
       name = f"unit{i + 1:02d}"
-      x = Unit(self.features, stride, self.groups, name=name)(x)
+      unit = Unit(self.features, stride, self.groups, self.dtype, name=name)
+      x = unit(x)
     return x
 
 
@@ -178,6 +199,8 @@ class BiTResNet(nn.Module):
     groups: of each group norm; one per channel where the channels are fewer.
       Such a group has nothing but its image to normalise over, so take fewer
       groups for a narrow network that shrinks images to one pixel.
+    dtype: of the computation; weights, means, variances and the head are in
+      float32.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -195,6 +218,7 @@ class BiTResNet(nn.Module):
   root: str = "imagenet"
   base_width: int = 64
   groups: int = 32
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, inputs: jax.Array, *, train: bool = False) -> Outputs:
@@ -203,13 +227,14 @@ class BiTResNet(nn.Module):
     check_number("num_classes", self.num_classes, least=1)
     check_images(inputs)
     features = self._features()
-    x = inputs.astype(jnp.float32)
-    x = Root(features, self.root, name="root")(x)
+    groups, dtype = self.groups, self.dtype
+    x = Root(features, self.root, dtype, name="root")(inputs)
     for i, units in enumerate(self._blocks()):
       stride = 1 if i == 0 else 2
       name = f"block{i + 1}"
-      x = Block(units, features * 2**i, stride, self.groups, name=name)(x)
-    x = nn.relu(_group_norm("norm", x.shape[-1], self.groups)(x))
+      block = Block(units, features * 2**i, stride, groups, dtype, name=name)
+      x = block(x)
+    x = nn.relu(_group_norm("norm", x.shape[-1], groups, jnp.float32)(x))
     head = nn.Dense(
       self.num_classes, kernel_init=nn.initializers.zeros, name="head"
     )

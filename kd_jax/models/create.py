@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax.errors import BadInput
 from kd_jax.models import bit_npz, weights
@@ -38,6 +39,8 @@ MODULES: dict[str, type[nn.Module]] = {
 }
 # Their inputs are [batch, time] integers.
 _OF_TOKENS = ("lstm", "gpt")
+# In which those that have a `dtype` can compute.
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def create(name: str, num_classes: int, **fields: Any) -> Model:
@@ -46,13 +49,16 @@ def create(name: str, num_classes: int, **fields: Any) -> Model:
   Args:
     name: a key of `MODULES`.
     num_classes: number of logits.
-    **fields: attributes of the module.
+    **fields: attributes of the module. Networks with a `dtype` ("float32",
+      "bfloat16", "float16") compute in it; their variables, statistics and
+      logits stay in float32.
 
   Returns:
     The model.
 
   Raises:
-    ValueError: if there is no such model, or it has no such field.
+    ValueError: if there is no such model, it has no such field, or the dtype
+      is another.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -151,5 +157,10 @@ def _module(name: str, num_classes: int, fields: dict[str, Any]) -> nn.Module:
     raise ValueError(
       f"model {name} has no field {', '.join(unknown)}; it should be one of "
       f"{', '.join(sorted(known))}"
+    )
+  dtype = fields.get("dtype", "float32")
+  if (dtype if isinstance(dtype, str) else np.dtype(dtype).name) not in _DTYPES:
+    raise ValueError(
+      f"dtype is {dtype!r}; it should be one of {', '.join(_DTYPES)}"
     )
   return module(num_classes=num_classes, **fields)

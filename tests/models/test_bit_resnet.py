@@ -11,6 +11,7 @@ import pytest
 
 from kd_jax import models
 from kd_jax.models.bit_resnet import BiTResNet, StdConv
+from tests.models.networks import images, random_variables
 
 
 def abstract_params(model, image=(32, 32, 3)):
@@ -155,6 +156,18 @@ def test_logits_are_float32_for_half_precision_images():
   x = jnp.ones((1, 4, 4, 3), jnp.bfloat16)
   shape = jax.eval_shape(model.init_with_output, jax.random.key(0), x)[0]
   assert shape.logits.dtype == jnp.float32
+
+
+def test_bfloat16_computes_close_to_float32():
+  module = BiTResNet(3, depth=(1, 1), base_width=8, groups=4)
+  x = images(2, 32, 32, 3)
+  variables = random_variables(module, x)
+  half = module.clone(dtype=jnp.bfloat16)
+  run = jax.jit(lambda m, v, x: m.apply(v, x).logits, static_argnums=0)
+  want, found = run(module, variables, x), run(half, variables, x)
+  assert found.dtype == jnp.float32
+  distance = np.abs(found - want).max() / np.abs(want).max()
+  assert 0 < distance < 0.1
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,34 @@ def test_dropout_is_off_in_evaluation_and_refuses_nonsense():
   )
   with pytest.raises(ValueError, match=r"dropout is 1\.5"):
     models.Dropout(1.5).apply({}, x, train=False)
+
+
+HALF = {
+  "bit_resnet": {"depth": (1,), "base_width": 4},
+  "densenet": {"depth": 10, "growth": 4},
+  "gpt": {"width": 8, "depth": 1, "heads": 2, "max_length": 4},
+  "lstm": {"width": 8, "depth": 1},
+  "mobilenet_v3": {},
+  "vit": {"patch_size": 8, "width": 16, "depth": 1, "heads": 2},
+  "wide_resnet": {"depth": 10, "width": 1},
+}
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_network_in_bfloat16_has_logits_and_weights_in_float32(name):
+  """As a config says it: by a word. Its shapes alone: the values have tests."""
+  tokens = name in ("gpt", "lstm")
+  shape, dtype = ((4,), jnp.int32) if tokens else ((16, 16, 3), jnp.float32)
+  model = models.create(name, 5, **HALF[name], dtype="bfloat16")
+  known = models.template(name, 5, shape, **HALF[name], dtype="bfloat16")
+  inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
+  lowered = jax.jit(model.apply).lower(known, inputs)
+  assert lowered.out_info[0].logits.dtype == jnp.float32
+  assert {x.dtype for x in jax.tree.leaves(known)} == {jnp.dtype("float32")}
+  assert "bf16" in lowered.as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float99", "int8", None, jnp.int32])
+def test_another_dtype(dtype):
+  with pytest.raises(ValueError, match="dtype is .* one of float32, bfloat16"):
+    models.create("vit", 5, **HALF["vit"], dtype=dtype)
