@@ -138,8 +138,10 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[ConfigDict, str]:
       "--config is missing; as --config=configs/NAME/SETTING.py, see configs/"
     )
   if not isinstance(values["config"].value, ConfigDict):
+    found = type(values["config"].value).__name__
     raise BadInput(
-      "--config: get_config of the file should return a ConfigDict"
+      f"get_config of the config file returned a {found}; it should return a "
+      "ConfigDict"
     )
   if not values["workdir"].value:
     raise BadInput("--workdir is missing; as --workdir=runs/first")

@@ -142,7 +142,7 @@ def test_wrong_input(capsys, monkeypatch, tmp_path, args, message):
     ("return 1 / 0", "the config file failed: ZeroDivisionError: division by"),
     ("import nowhere", "the config file failed: ModuleNotFoundError: No mod"),
     ("return steps", "the config file failed: NameError: name 'steps' is not"),
-    ("return [1]", "get_config of the file should return a ConfigDict"),
+    ("return [1]", "returned a list; it should return a ConfigDict"),
     ("raise ValueError('no such size')", "no such size"),
   ],
 )
@@ -316,6 +316,10 @@ def teacher_files(folder, name):
     path = folder / "x.safetensors.index.json"
     places = {"params/Dense_0/bias": other}
     path.write_text(json.dumps({"weight_map": places}))
+  if name == "order":  # of the classes, in a run that has trained it
+    path = folder / "seed0" / "teacher"
+    classes = ", ".join(["1", "0", *"23456789"])
+    (folder / "inputs.json").write_text(json.dumps({"classes": classes}))
   return path if name != "folder" else folder
 
 
@@ -325,6 +329,7 @@ def teacher_files(folder, name):
     ("nan", "x.safetensors is not finite: params/Dense_0/bias holds NaN"),
     ("large", "x.safetensors is not finite: its logits hold"),
     ("classes", "Dense_1/bias has shape (7,); it should be (10,)"),
+    ("order", "has learned other classes: 1, 0, 2, 3, 4, 5, 6, 7, 8, 9; it"),
     ("cut", "x.safetensors cannot be read"),
     ("flip", "x.safetensors is damaged: its SHA-256 is not the one"),
     ("pickle", "is or may hold a pickle, which could run any program"),
