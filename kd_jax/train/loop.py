@@ -124,7 +124,7 @@ def fit(
         return
       if runner.peers > 1 and jax.process_count() > 1:
         raise RuntimeError("peers on several hosts cannot be gathered now")
-      for left in reversed(range(50)):
+      for left in reversed(range(100)):
         try:
           with saving:
             good = runner.unreplicate(state)
