@@ -125,7 +125,7 @@ def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   import numpy as np
 
   from kd_jax import teachers
-  from kd_jax.train.checkpoints import read_leaves
+  from kd_jax.train.trained import read_leaves
   from kd_jax.train.workdir import read_metrics
 
   found: dict[str, Any] = {}

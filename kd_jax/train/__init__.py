@@ -1,15 +1,11 @@
 """Training: state, step, many devices, loop, checkpoints."""
 
+from kd_jax.errors import CheckpointError as CheckpointError
 from kd_jax.train.batches import (
   gather_batch as gather_batch,
   index_batches as index_batches,
 )
-from kd_jax.train.checkpoints import (
-  CheckpointError as CheckpointError,
-  Checkpoints as Checkpoints,
-  load_teacher as load_teacher,
-  load_trained as load_trained,
-)
+from kd_jax.train.checkpoints import Checkpoints as Checkpoints
 from kd_jax.train.checks import (
   check_comparison as check_comparison,
   check_ensembles as check_ensembles,
@@ -84,6 +80,10 @@ from kd_jax.train.sweeps import (
 from kd_jax.train.traffic import (
   Collective as Collective,
   collectives as collectives,
+)
+from kd_jax.train.trained import (
+  load_teacher as load_teacher,
+  load_trained as load_trained,
 )
 from kd_jax.train.workdir import (
   check_branch as check_branch,

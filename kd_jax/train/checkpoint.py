@@ -4,7 +4,7 @@ import logging
 import sys
 
 from kd_jax.errors import BadInput
-from kd_jax.train.checkpoints import verify
+from kd_jax.train.trained import verify
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,6 @@ from kd_jax.data import augment
 from kd_jax.errors import BadInput, check_choice, check_number, naming
 from kd_jax.files import read_json
 from kd_jax.train.batches import index_batches
-from kd_jax.train.checkpoints import load_teacher
 from kd_jax.train.checks import check_periods, check_settings, check_splits
 from kd_jax.train.classifier import Classifier
 from kd_jax.train.images import Images
@@ -27,6 +26,7 @@ from kd_jax.train.optimizers import optimizer
 from kd_jax.train.parallel import check_divides
 from kd_jax.train.step import LossFn
 from kd_jax.train.study import use_devices
+from kd_jax.train.trained import load_teacher
 
 
 class ImageData(NamedTuple):

@@ -1,0 +1,196 @@
+"""What earlier runs have trained: read, and compared with its digests."""
+
+from collections.abc import Mapping
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from kd_jax import models
+from kd_jax.errors import BadInput
+from kd_jax.files import read_json
+from kd_jax.train.checkpoints import digest
+
+
+def load_trained(
+  directory: str | os.PathLike[str],
+  template: Mapping[str, Any],
+  *,
+  role: str = "model",
+) -> dict[str, Any]:
+  """The variables of a model that another run has trained.
+
+  Args:
+    directory: of a stage of that run, the one that holds `checkpoints`. It is
+      only read.
+    template: {"params", "state"} like the model's, whose structure, shapes and
+      dtypes count (abstract ones will do).
+    role: of the model in that run.
+
+  Returns:
+    {"params", "state"} of its newest checkpoint.
+
+  Raises:
+    BadInput: if there is no checkpoint, the training was not finished, or the
+      newest one is damaged or of another architecture.
+  """
+  stage = pathlib.Path(directory).absolute()
+  if not stage.is_dir():
+    raise BadInput(f"{directory} does not exist")
+  folder = stage / "checkpoints"
+  steps = [int(f.name) for f in folder.glob("*") if f.name.isdecimal()]
+  if not steps:
+    raise BadInput(
+      f"{directory} holds no checkpoints; it should be the directory of a "
+      "training, as RUN/seed0/teacher"
+    )
+  note = stage / "stage.json"
+  if note.exists():
+    wanted = read_json(note)["num_steps"]
+    if max(steps) < wanted:
+      raise BadInput(
+        f"{directory} is at step {max(steps)} of {wanted}; finish that run "
+        "first"
+      )
+  path = folder / str(max(steps))
+  stored = read_leaves(path)
+  if isinstance(stored, str):
+    raise BadInput(f"{path} is damaged: {stored}")
+  roles = {key[1]: None for key in stored if key[0] == "params"}
+  if role not in roles:
+    raise BadInput(
+      f"{path} has no {role}; it should be one of {', '.join(roles)}"
+    )
+  variables: dict[str, Any] = {"params": {}, "state": {}}
+  for key, leaf in stored.items():
+    part = {"params": "params", "model_state": "state"}.get(key[0])
+    if part is None or key[1] != role:
+      continue
+    group = variables[part]
+    for name in key[2:-1]:
+      group = group.setdefault(name, {})
+    group[key[-1]] = leaf
+  _check_fits(path, variables, template)
+  return variables
+
+
+def load_teacher(
+  path: str | os.PathLike[str],
+  name: str,
+  num_classes: int,
+  shape: tuple[int, ...],
+  **fields: Any,
+) -> dict[str, Any]:
+  """The variables of a teacher, from a file or from another run.
+
+  Args:
+    path: a file with a suffix, see `models.load`, or a directory, see
+      `load_trained`.
+    name: of the reference model, see `models.create`.
+    num_classes: as for `models.create`.
+    shape: of one input, without the batch.
+    **fields: as for `models.create`.
+
+  Returns:
+    {"params", "state"}.
+
+  Raises:
+    BadInput: if it cannot be read or is of another architecture.
+    ValueError: if there is no such model or field.
+  """
+  if os.path.isfile(path) or (
+    pathlib.Path(path).suffix and not os.path.isdir(path)
+  ):
+    return models.load(path, name, num_classes, shape=shape, **fields)
+  return load_trained(path, models.template(name, num_classes, shape, **fields))
+
+
+def verify(directory: str | os.PathLike[str]) -> dict[str, str | None]:
+  """Reads every checkpoint below a directory and compares its digests.
+
+  Args:
+    directory: of a run, a stage or its checkpoints. Nothing is changed.
+
+  Returns:
+    {path of a checkpoint: None, or what is wrong with it}, in order.
+
+  Raises:
+    BadInput: if there is no checkpoint.
+  """
+  root = pathlib.Path(directory).absolute()
+  folders = [root] if root.name == "checkpoints" else []
+  folders += sorted(root.rglob("checkpoints"))
+  steps = [
+    path
+    for folder in folders
+    for path in sorted(
+      (p for p in folder.iterdir() if p.name.isdecimal()),
+      key=lambda p: int(p.name),
+    )
+  ]
+  if not steps:
+    raise BadInput(f"{directory} holds no checkpoints")
+  found = {}
+  for path in steps:
+    stored = read_leaves(path)
+    found[str(path)] = stored if isinstance(stored, str) else None
+  return found
+
+
+def read_leaves(path: pathlib.Path) -> dict[tuple[str, ...], np.ndarray] | str:
+  """The leaves of a checkpoint, whatever program wrote it.
+
+  Args:
+    path: of one checkpoint, the folder that its step names.
+
+  Returns:
+    The leaves by their paths; or in one line, why they cannot be trusted.
+  """
+  if not (path / "digests").is_dir():
+    return "it has no digests: cut, or no checkpoint of kd_jax"
+  try:
+    with ocp.CheckpointManager(path.parent) as manager:
+      stored = manager.restore(
+        int(path.name),
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore()
+        ),
+      )
+    leaves = jax.tree_util.tree_leaves_with_path(stored["state"])
+    named = {
+      _parts(jax.tree_util.keystr(key)): np.asarray(x) for key, x in leaves
+    }
+    digests = {_parts(key): value for key, value in stored["digests"].items()}
+  except Exception as error:  # orbax raises anything on damaged files
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+  for key in sorted({**named, **digests}):
+    same = key in named and digest(named[key]) == digests.get(key)
+    if not same:
+      return f"digest mismatch at {'/'.join(key)}"
+  return named
+
+
+def _parts(key: str) -> tuple[str, ...]:
+  """The names in a path, however its containers write them."""
+  return tuple(re.findall(r"[\w-]+", key))
+
+
+def _check_fits(path: pathlib.Path, found: Any, wanted: Any) -> None:
+  shapes = [
+    {
+      jax.tree_util.keystr(key, simple=True, separator="/"): leaf.shape
+      for key, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (found, wanted)
+  ]
+  for name in sorted({**shapes[0], **shapes[1]}):
+    there, here = (shape.get(name, "nothing") for shape in shapes)
+    if there != here:
+      raise BadInput(
+        f"{path} is of another architecture: {name} is {there} there and "
+        f"{here} in this program"
+      )
