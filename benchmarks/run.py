@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 from benchmarks import _common
+from kd_jax import memory
 
 # name -> (module, arguments of its `benchmark`)
 NAMES: dict[str, tuple[str, ...]] = {
@@ -185,6 +186,7 @@ def main() -> None:
   if options.json and len(names) > 1:
     parser.error("--json keeps one result: give one NAME")
 
+  memory.keep()  # for every form, PyTorch's as well
   for name in names:
     begin = time.time()
     module, *args = NAMES[name]

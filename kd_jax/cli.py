@@ -22,6 +22,7 @@ from absl import flags, logging as absl_logging
 import jax
 from ml_collections import ConfigDict, config_flags
 
+from kd_jax import memory
 from kd_jax.errors import BadInput, CheckpointError
 
 # A disk that is full, over its quota, read-only or broken.
@@ -71,6 +72,7 @@ def main(
     config, workdir = _parse(argv, values)
   except BadInput as error:
     _leave(error)
+  memory.keep()
   _mute_orbax()
   warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
   if values["distributed"].value:

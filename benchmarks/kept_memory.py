@@ -1,0 +1,132 @@
+"""What `kd_jax.memory.keep` saves: a step with and without it.
+
+Each form runs in two processes, one of which keeps its freed memory. They take
+turns; what is told is the ratio of their processor times, and how many pages
+the system had to clear for one step of either.
+
+Run: NPROC=1 python -m benchmarks.kept_memory --json FILE
+"""
+
+import argparse
+from collections.abc import Callable
+import multiprocessing
+import pathlib
+import resource
+import statistics
+import time
+from typing import Any
+
+from benchmarks import _common
+
+PAIRS = ("mlp", "conv", "vit", "lm")
+DIVERGENCE, ROWS, CLASSES = "kl and its gradient", 512, 8192
+
+
+def divergence() -> Callable[[], Any]:
+  import jax
+
+  from kd_jax import losses
+
+  student, teacher = jax.random.normal(jax.random.key(0), (2, ROWS, CLASSES))
+  total = lambda s, t: losses.kl(s, t).sum()
+  run = jax.jit(jax.value_and_grad(total))
+  return lambda: jax.block_until_ready(run(student, teacher))
+
+
+def step(name: str) -> Callable[[], Any]:
+  from benchmarks import step_floor
+
+  return step_floor.benchmark(name).forms["a distillation step"]
+
+
+def serve(pipe: Any, name: str, keep: bool) -> None:
+  """Answers each question with the seconds and the page faults of a round."""
+  from kd_jax import memory
+
+  if keep and not memory.keep():
+    raise RuntimeError("memory cannot be kept here: see kd_jax.memory.keep")
+  work = divergence() if name == DIVERGENCE else step(name)
+  for _ in range(3):
+    work()
+  while pipe.recv():
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    begin = time.process_time()
+    work()
+    seconds = time.process_time() - begin
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pipe.send((seconds, found - faults))
+
+
+def measure(name: str, blocks: int, rounds: int) -> dict[str, list[float]]:
+  """Ratios of times, milliseconds and pages of each block."""
+  context = multiprocessing.get_context("spawn")
+  asked = {}
+  for keep in (False, True):
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, name, keep))
+    process.start()
+    theirs.close()  # so that a process that fails is noticed
+    asked[keep] = ours
+  found: dict[str, list[float]] = {}
+  for _ in range(blocks):
+    taken: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(rounds):
+      for keep, pipe in asked.items():
+        pipe.send(True)
+        taken[keep].append(pipe.recv())
+    (given, cleared), (kept, still) = (
+      map(statistics.median, zip(*taken[keep], strict=True))
+      for keep in (False, True)
+    )
+    for key, value in {
+      "ratio": kept / given,
+      "kept, milliseconds": 1e3 * kept,
+      "given back, milliseconds": 1e3 * given,
+      "kept, pages": still,
+      "given back, pages": cleared,
+    }.items():
+      found.setdefault(key, []).append(value)
+  for pipe in asked.values():
+    pipe.send(False)
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
+  parser.add_argument("--blocks", type=int, default=5)
+  parser.add_argument("--rounds", type=int, default=9, help="in each block")
+  options = parser.parse_args()
+  begin = time.time()
+  rows = []
+  for name in (*PAIRS, DIVERGENCE):
+    found = measure(name, options.blocks, options.rounds)
+    title = name if name == DIVERGENCE else f"a distillation step: {name}"
+    rows.append({"name": title, "values": found.pop("ratio"), "details": found})
+  _common.show(
+    _common.result(
+      title="Memory that is kept for the next step",
+      command="NPROC=1 python -m benchmarks.kept_memory",
+      data={
+        "pairs": "those of the floors",
+        DIVERGENCE: f"{ROWS} examples of {CLASSES:,} classes",
+      },
+      seeds=list(range(options.blocks)),
+      metric={
+        "name": "processor time",
+        "unit": "in that without memory.keep",
+        "better": "lower",
+      },
+      rows=rows,
+      wall_seconds=time.time() - begin,
+      notes=[
+        f'Each "seed" is a block of {options.rounds} rounds in which the two '
+        "processes take turns: the ratio of their median times."
+      ],
+    ),
+    options.json,
+  )
+
+
+if __name__ == "__main__":
+  main()
