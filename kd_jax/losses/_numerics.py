@@ -200,7 +200,7 @@ def _softmax_parts(
   here = present(logits)
   # Softmax does not depend on the shift, so neither does its gradient.
   top = lax.stop_gradient(
-    jnp.max(jnp.where(here, logits, ABSENT), axis=axis, keepdims=True)
+    jnp.maximum(jnp.max(logits, axis=axis, keepdims=True), ABSENT)
   )
   shifted = jnp.where(here, logits - top, 0.0) / temperature
   total = jnp.where(here, jnp.exp(shifted), 0.0).sum(axis, keepdims=True)
