@@ -6,7 +6,11 @@ tokens; some tokens at a time with the logits computed twice, as one value per
 token needs it; and with the gradients computed along with the sum. The memory
 is XLA's own count of what the program needs beside its arguments and results.
 
+At 128k words the logits of all tokens need 13 GiB of temporary memory, and a
+round takes minutes: ask for few.
+
 Run: python -m benchmarks.run linear_kl linear_reverse_kl linear_jsd
+     python -m benchmarks.run linear_kl_128k --blocks 3 --rounds 1
 """
 
 from collections.abc import Callable
@@ -19,16 +23,19 @@ import numpy as np
 from benchmarks.run import Benchmark
 from kd_jax import losses
 
-TOKENS, VOCAB, WIDTH, CHUNK = 1024, 32_000, 256, 128
+CHUNK = 128
+# name -> (tokens, words of the vocabulary, width of both hidden states)
+SIZES = {"32k": (1024, 32_000, 256), "128k": (4096, 131_072, 512)}
 
 
-def benchmark(divergence: str) -> Benchmark:
+def benchmark(divergence: str, size: str = "32k") -> Benchmark:
+  tokens, vocab, width = SIZES[size]
   rng = np.random.default_rng(0)
-  shapes = [(TOKENS, WIDTH), (WIDTH, VOCAB)] * 2
+  shapes = [(tokens, width), (width, vocab)] * 2
   arrays = [
     # Logits with a deviation of 2, whatever the width.
     jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
-    for shape, scale in zip(shapes, [1.0, 2.0 / WIDTH**0.5] * 2, strict=True)
+    for shape, scale in zip(shapes, [1.0, 2.0 / width**0.5] * 2, strict=True)
   ]
   function = getattr(losses, divergence)
   options = {"divergence": function, "chunk_size": CHUNK}
@@ -42,7 +49,7 @@ def benchmark(divergence: str) -> Benchmark:
     return losses.linear_divergence(*arrays, **options).mean()
 
   def once(*arrays: jax.Array) -> jax.Array:
-    return losses.linear_divergence_sum(*arrays, **options) / TOKENS
+    return losses.linear_divergence_sum(*arrays, **options) / tokens
 
   programs = {
     name: jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
@@ -60,7 +67,8 @@ def benchmark(divergence: str) -> Benchmark:
 
   everything, again, together = programs
   return Benchmark(
-    title=f"Two heads with a large vocabulary: {divergence}",
+    title=f"Two heads with a large vocabulary: {divergence}"
+    + (size != "32k") * f", {size} words",
     base=everything,
     forms={name: form(program) for name, program in programs.items()},
     claims=(
@@ -74,12 +82,12 @@ def benchmark(divergence: str) -> Benchmark:
       ),
     ),
     data={
-      "tokens": TOKENS,
-      "vocabulary": VOCAB,
-      "width of both hidden states": WIDTH,
+      "tokens": tokens,
+      "vocabulary": vocab,
+      "width of both hidden states": width,
       "tokens in a chunk": CHUNK,
       "dtype": "float32",
-      "logits of one model": f"{4 * TOKENS * VOCAB / 2**20:.0f} MiB",
+      "logits of one model": f"{4 * tokens * vocab / 2**20:.0f} MiB",
     },
     bytes={
       name: program.memory_analysis().temp_size_in_bytes

@@ -46,6 +46,8 @@ NAMES: dict[str, tuple[str, ...]] = {
   "linear_kl": ("linear_divergence", "kl"),
   "linear_reverse_kl": ("linear_divergence", "reverse_kl"),
   "linear_jsd": ("linear_divergence", "jsd"),
+  "linear_kl_128k": ("linear_divergence", "kl", "128k"),
+  "linear_jsd_128k": ("linear_divergence", "jsd", "128k"),
 }
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
@@ -165,7 +167,7 @@ def main() -> None:
     "names",
     nargs="*",
     metavar="NAME",
-    help=f"{', '.join(NAMES)}; all but peers_ by default",
+    help=f"{', '.join(NAMES)}; all but peers_ and _128k by default",
   )
   parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
   parser.add_argument(
@@ -181,8 +183,11 @@ def main() -> None:
     parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(NAMES)}")
   if min(options.blocks, options.rounds) < 1:
     parser.error("--blocks and --rounds should be at least 1")
-  # Peers need what is not installed and a setting that changes the others.
-  names = options.names or [n for n in NAMES if not n.startswith("peers_")]
+  # Peers need what is not installed and a setting that changes the others;
+  # the largest vocabulary needs memory and patience.
+  names = options.names or [
+    n for n in NAMES if not n.startswith("peers_") and not n.endswith("_128k")
+  ]
   if options.json and len(names) > 1:
     parser.error("--json keeps one result: give one NAME")
 

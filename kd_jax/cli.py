@@ -72,7 +72,6 @@ def main(
     config, workdir = _parse(argv, values)
   except BadInput as error:
     _leave(error)
-  memory.keep()
   _mute_orbax()
   warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
   if values["distributed"].value:
@@ -80,6 +79,7 @@ def main(
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
       _leave(BadInput(f"--distributed found no other hosts: {error}"))
+  memory.keep()
   try:
     allow = values["allow"].value
     run(config, workdir, **({"allow": allow} if allow else {}))

@@ -4,6 +4,8 @@ import ctypes
 import os
 import platform
 
+import jax
+
 # Options of mallopt, as in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
@@ -17,12 +19,15 @@ def keep() -> bool:
   more than 32 MiB, that can be half of its time (benchmarks/kept_memory.py).
 
   Call it before the first array is made, since threads that have begun keep
-  what they have; `kd_jax.cli` does. From then on the process does not shrink,
-  and what it freed is there for any other part of it.
+  their ways, and after `jax.distributed.initialize`; `kd_jax.cli` does. From
+  then on the process does not shrink, and may grow to twice the memory of its
+  largest program. Where that is too much, MALLOC_ARENA_MAX=8 in the environment
+  leaves all as it was.
 
   Returns:
-    Whether it was done: not where the C library is not glibc, nor where the
-    environment has settings of its own (`MALLOC_...`, see `man mallopt`).
+    Whether it was done: not where JAX runs on an accelerator, the C library is
+    not glibc, or the environment has settings of its own (`MALLOC_...`, see
+    `man mallopt`).
 
   Example:
     >>> from kd_jax import memory
@@ -32,7 +37,10 @@ def keep() -> bool:
   own = any(name.startswith("MALLOC_") for name in os.environ)
   if own or platform.libc_ver()[0] != "glibc":
     return False
-  library = ctypes.CDLL(None)
-  # One arena for all threads: others have blocks of 64 MiB at most.
-  options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-  return all([library.mallopt(*option) == 1 for option in options])
+  mallopt = ctypes.CDLL(None).mallopt
+  # The threads that JAX is about to start share one arena with all others:
+  # more of them would have blocks of 64 MiB at most.
+  one = mallopt(_ARENA_MAX, 1) == 1
+  if jax.default_backend() != "cpu":
+    return False
+  return one and mallopt(_MMAP_MAX, 0) == mallopt(_TRIM_THRESHOLD, -1) == 1
