@@ -6,11 +6,13 @@ with momentum. Before anything is timed, both frameworks make a few steps and
 their losses and weights are compared. Time is that of the processor, so that
 what else the machine does matters less.
 
-Needs PyTorch and, for torch.compile, a C++ compiler: pip install torch.
+Needs PyTorch and, for torch.compile, a C++ compiler: pip install torch. Where
+torchdistill is installed, its loop is measured as well.
 Run: NPROC=1 python -m benchmarks.run peers_mlp peers_conv peers_vit
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 import os
 import time
 from typing import Any
@@ -163,6 +165,25 @@ def torch_hinton(
   return 0.5 * TEMPERATURE**2 * soft + 0.5 * hard
 
 
+def twins(
+  pair: Pair, variables: tuple[Any, Any], batch: Mapping[str, np.ndarray]
+) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor, torch.Tensor]:
+  """Teacher (in eval mode), student, inputs and labels in PyTorch."""
+  teacher, student = (
+    torch_twins.twin(name, pair.shape, pair.classes, fields, known)
+    for (name, fields), known in zip(
+      (pair.teacher, pair.student), variables, strict=True
+    )
+  )
+  inputs, labels = (
+    torch.from_numpy(np.int64(x) if x.dtype == np.int32 else x)
+    for x in (batch["input"], batch["label"])
+  )
+  if inputs.ndim == 4:  # channels first in name, last in memory
+    inputs = inputs.permute(0, 3, 1, 2)
+  return teacher.eval(), student, inputs, labels
+
+
 def torch_step(
   pair: Pair,
   variables: tuple[Any, Any],
@@ -184,19 +205,7 @@ def torch_step(
     A function that makes one more step on each call: (the loss before it, the
     student after it).
   """
-  teacher, student = (
-    torch_twins.twin(name, pair.shape, pair.classes, fields, known)
-    for (name, fields), known in zip(
-      (pair.teacher, pair.student), variables, strict=True
-    )
-  )
-  teacher.eval()
-  inputs, labels = (
-    torch.from_numpy(np.int64(x) if x.dtype == np.int32 else x)
-    for x in (batch["input"], batch["label"])
-  )
-  if inputs.ndim == 4:  # channels first in name, last in memory
-    inputs = inputs.permute(0, 3, 1, 2)
+  teacher, student, inputs, labels = twins(pair, variables, batch)
   optimizer = torch.optim.SGD(
     student.parameters(), lr=RATE, momentum=MOMENTUM, fused=True
   )
@@ -211,6 +220,60 @@ def torch_step(
     loss = run(inputs, labels)
     loss.backward()
     optimizer.step()
+    return loss.detach(), student
+
+  return work
+
+
+def torchdistill_step(
+  pair: Pair, variables: tuple[Any, Any], batch: Mapping[str, np.ndarray]
+) -> Callable[[], tuple[torch.Tensor, torch.nn.Module]]:
+  """The same step by the box of torchdistill, as its examples call it.
+
+  The teacher is in eval mode before, which torchdistill leaves to its caller.
+  Reference: Matsubara 2021, arXiv:2011.12913.
+  """
+  from torchdistill.core.distillation import DistillationBox
+
+  teacher, student, inputs, labels = twins(pair, variables, batch)
+  alone = "forward_batch_only"
+  soft_and_hard = {
+    "key": "KDLoss",
+    "kwargs": {
+      "student_module_path": ".",
+      "student_module_io": "output",
+      "teacher_module_path": ".",
+      "teacher_module_io": "output",
+      "temperature": TEMPERATURE,
+      "alpha": 0.5,
+    },
+  }
+  box = DistillationBox(
+    teacher,
+    student,
+    {},
+    {
+      "num_epochs": 1,
+      "teacher": {"requires_grad": False, "forward_proc": alone},
+      "student": {"forward_proc": alone},
+      "criterion": {
+        "key": "WeightedSumLoss",
+        "kwargs": {
+          "sub_terms": {"kd": {"criterion": soft_and_hard, "weight": 1.0}}
+        },
+      },
+      "optimizer": {"key": "SGD", "kwargs": {"lr": RATE, "momentum": MOMENTUM}},
+    },
+    torch.device("cpu"),
+    None,
+    False,
+    1,
+  )
+  box.pre_epoch_process(epoch=0)
+
+  def work() -> tuple[torch.Tensor, torch.nn.Module]:
+    loss = box.forward_process(inputs, labels)
+    box.post_forward_process(loss=loss)
     return loss.detach(), student
 
   return work
@@ -330,16 +393,21 @@ def benchmark(name: str) -> Benchmark:
   check_threads()
   pair = PAIRS[name]
   variables, batch = weights(pair), a_batch(pair)
+  theirs = {
+    "PyTorch eager": torch_step(pair, variables, batch),
+    "PyTorch torch.compile": torch_step(pair, variables, batch, compiled=True),
+  }
+  notes = [_NOTES[name]] if name in _NOTES else []
+  try:
+    step = torchdistill_step(pair, variables, batch)
+    theirs[f"torchdistill {metadata.version('torchdistill')}"] = step
+  except ImportError as error:
+    notes.append(f"torchdistill is left out: {error}")
   return beside(
     f"A distillation step beside PyTorch: {name}",
     pair,
     variables[1],
     {"kd_jax": jax_step(pair, variables, batch)},
-    {
-      "PyTorch eager": torch_step(pair, variables, batch),
-      "PyTorch torch.compile": torch_step(
-        pair, variables, batch, compiled=True
-      ),
-    },
-    [_NOTES[name]] if name in _NOTES else [],
+    theirs,
+    notes,
   )

@@ -61,6 +61,17 @@ def test_pytorch_makes_the_same_steps(peers, name):
   assert len(set(found)) == len(found)  # Something is learned.
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_torchdistill_makes_the_same_steps(peers, name):
+  pytest.importorskip("torchdistill")
+  ours, _, start = made(peers, name)
+  pair = PAIRS[name]
+  work = peers.torchdistill_step(pair, peers.weights(pair), a_batch(pair))
+  peers.check_same(ours, [work() for _ in range(3)], start)
+
+
+# PyTorch's own compiler warns of PyTorch.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_all_forms_of_a_language_model_make_the_same_steps(peers):
   from benchmarks import peers_lm
 
