@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from benchmarks.run import Benchmark
+from benchmarks.step_floor import Pair, a_batch
 from kd_jax import losses, models, train
 from kd_jax.reduce import Term
 
@@ -41,12 +42,13 @@ def in_pytorch(
   """Some steps of each of so many students in PyTorch, eager."""
   from benchmarks import peers
 
-  batch = peers.a_batch((784,), BATCH)
-  runs = []
-  for seed in range(count):
-    roles = (("mlp", {"hidden": hidden}) for hidden in (large, small))
-    pair = peers.networks((784,), *roles, seed=seed)
-    runs.append(peers.torch_step(pair, batch))
+  roles = (("mlp", {"hidden": hidden}) for hidden in (large, small))
+  pair = Pair((784,), BATCH, steps, *roles)
+  batch = a_batch(pair)
+  runs = [
+    peers.torch_step(pair, peers.weights(pair, seed), batch)
+    for seed in range(count)
+  ]
 
   def work() -> None:
     for run in runs:

@@ -86,6 +86,17 @@ def test_all_forms_of_a_language_model_make_the_same_steps(peers):
   assert 0.1 < float(cached[0][0]) / float(full[0][0]) < 1
 
 
+def test_a_sweep_runs_beside_pytorch(peers, monkeypatch):
+  from benchmarks import sweep
+
+  monkeypatch.setattr(peers, "check_threads", lambda: None)
+  monkeypatch.setitem(sweep.SIZES, "tiny", ((7,), (5,), 2, (1, 2)))
+  bench = sweep.benchmark("tiny", "PyTorch")
+  assert bench.base == "8 runs in PyTorch" and bench.base in bench.forms
+  for work in bench.forms.values():
+    work()
+
+
 def test_a_loss_that_differs_is_named(peers, monkeypatch):
   monkeypatch.setattr(peers.losses, "kl", peers.losses.reverse_kl)
   with pytest.raises(ValueError, match="the loss of step 0"):
