@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from benchmarks import _common
+from kd_jax import memory
 
 MARKS = 10
 
@@ -81,6 +82,7 @@ def main() -> None:
   parser.add_argument("--steps", type=int, default=10_000)
   parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
   options = parser.parse_args()
+  memory.keep()  # as the commands do
   if options.steps < 2 * MARKS:
     parser.error(f"--steps should be at least {2 * MARKS}")
   begin = time.time()
