@@ -16,7 +16,8 @@ def keep() -> bool:
   For a CPU. XLA asks for the temporary memory of a program at every call, as
   one block, and glibc gives large blocks back as soon as they are freed: at the
   next call the system has to clear them again, page by page. Where a step needs
-  more than 32 MiB, that can be half of its time (benchmarks/kept_memory.py).
+  more than 32 MiB, that can be half of its time (benchmarks/kept_memory.py);
+  steps of a few milliseconds gain nothing and may lose a tenth.
 
   Call it before the first array is made, since threads that have begun keep
   their ways, and after `jax.distributed.initialize`; `kd_jax.cli` does. From
