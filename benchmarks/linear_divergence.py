@@ -6,8 +6,8 @@ tokens; some tokens at a time with the logits computed twice, as one value per
 token needs it; and with the gradients computed along with the sum. The memory
 is XLA's own count of what the program needs beside its arguments and results.
 
-At 128k words the logits of all tokens need 13 GiB of temporary memory, and a
-round takes minutes: ask for few.
+At 128k words the logits of all tokens need more memory than many machines have
+(`temporaries` says how much), and a round takes minutes: ask for few.
 
 Run: python -m benchmarks.run linear_kl linear_reverse_kl linear_jsd
      python -m benchmarks.run linear_kl_128k --blocks 3 --rounds 1

@@ -52,13 +52,11 @@ Teach = Callable[[], tuple[models.Outputs, Any]]
 # What is known of a pair, for the reader.
 _NOTES = {
   "conv": (
-    "The difference is in XLA's convolutions on a CPU. Single layers of 3 x 3 "
-    "on 32 images took, with 16 channels, 2.2 times PyTorch's time (the "
-    "gradient of the kernel 1.5 times); with 32 and 64 channels 1.0 to 1.3 "
-    "times (the gradient of the kernel 1.5 times). Products of patches or of "
-    "shifted copies in their place took 1.2 to 4.5 times XLA's own, and pairs "
-    "of columns as channels, batch statistics as products, and XLA's flags for "
-    "oneDNN, XNNPACK and YNNPACK gained nothing clear."
+    "The difference is in XLA's convolutions on a CPU, those of 16 channels "
+    "and the gradients of kernels most of all. Tried for single layers, "
+    "without a clear gain: products of patches or of shifted copies in their "
+    "place, pairs of columns as channels, batch statistics as products, and "
+    "XLA's flags for oneDNN, XNNPACK and YNNPACK."
   )
 }
 

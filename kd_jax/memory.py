@@ -17,7 +17,7 @@ def keep() -> bool:
   one block, and glibc gives large blocks back as soon as they are freed: at the
   next call the system has to clear them again, page by page. Where a step needs
   more than 32 MiB, that can be half of its time (benchmarks/kept_memory.py);
-  steps of a few milliseconds gain nothing and may lose a tenth.
+  steps of a few milliseconds gain nothing and may become slower.
 
   Call it before the first array is made, since threads that have begun keep
   their ways, and after `jax.distributed.initialize`; `kd_jax.cli` does. From
