@@ -1,15 +1,19 @@
 """What `kd_jax.memory.keep` saves: a step with and without it.
 
 Each form runs in two processes, one of which keeps its freed memory. They take
-turns; what is told is the ratio of their processor times, and how many pages
-the system had to clear for one step of either.
+turns; what is told is the ratio of their times, how much of these the processor
+had, and how many pages the system had to clear for one step of either. A
+training with the smallest steps is there for what it may cost: nothing of it
+needs much memory, and Python no longer works beside its steps.
 
 Run: NPROC=1 python -m benchmarks.kept_memory --json FILE
+     python -m benchmarks.kept_memory --json FILE
 """
 
 import argparse
 from collections.abc import Callable
 import multiprocessing
+import os
 import pathlib
 import resource
 import statistics
@@ -20,6 +24,7 @@ from benchmarks import _common
 
 PAIRS = ("mlp", "conv", "vit", "lm")
 DIVERGENCE, ROWS, CLASSES = "kl and its gradient", 512, 8192
+TRAINING, STEPS = "train.fit with small steps", 300
 
 
 def divergence() -> Callable[[], Any]:
@@ -39,22 +44,31 @@ def step(name: str) -> Callable[[], Any]:
   return step_floor.benchmark(name).forms["a distillation step"]
 
 
+def training() -> Callable[[], Any]:
+  from benchmarks import loop
+
+  *pair, _ = loop.SIZES["small"]
+  return loop.forms(*pair, STEPS)["train.fit"]
+
+
 def serve(pipe: Any, name: str, keep: bool) -> None:
-  """Answers each question with the seconds and the page faults of a round."""
+  """Answers each question with the seconds, those of the processor, and the
+  page faults of a round."""
   from kd_jax import memory
 
   if keep and not memory.keep():
     raise RuntimeError("memory cannot be kept here: see kd_jax.memory.keep")
-  work = divergence() if name == DIVERGENCE else step(name)
+  others = {DIVERGENCE: divergence, TRAINING: training}
+  work = others[name]() if name in others else step(name)
   for _ in range(3):
     work()
   while pipe.recv():
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    begin = time.process_time()
+    begin, used = time.perf_counter(), time.process_time()
     work()
-    seconds = time.process_time() - begin
+    seconds = time.perf_counter() - begin, time.process_time() - used
     found = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    pipe.send((seconds, found - faults))
+    pipe.send((*seconds, found - faults))
 
 
 def measure(name: str, blocks: int, rounds: int) -> dict[str, list[float]]:
@@ -69,22 +83,21 @@ def measure(name: str, blocks: int, rounds: int) -> dict[str, list[float]]:
     asked[keep] = ours
   found: dict[str, list[float]] = {}
   for _ in range(blocks):
-    taken: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    taken: dict[bool, list[tuple[float, ...]]] = {False: [], True: []}
     for _ in range(rounds):
       for keep, pipe in asked.items():
         pipe.send(True)
         taken[keep].append(pipe.recv())
-    (given, cleared), (kept, still) = (
-      map(statistics.median, zip(*taken[keep], strict=True))
-      for keep in (False, True)
-    )
-    for key, value in {
-      "ratio": kept / given,
-      "kept, milliseconds": 1e3 * kept,
-      "given back, milliseconds": 1e3 * given,
-      "kept, pages": still,
-      "given back, pages": cleared,
-    }.items():
+    medians = {
+      how: list(map(statistics.median, zip(*taken[keep], strict=True)))
+      for keep, how in ((False, "given back"), (True, "kept"))
+    }
+    both = zip(medians["kept"], medians["given back"], strict=True)
+    ratios = [kept / given if given else 1.0 for kept, given in both]
+    values = {"ratio": ratios[0], "ratio of processor times": ratios[1]}
+    for how, (seconds, _, pages) in medians.items():
+      values |= {f"{how}, milliseconds": 1e3 * seconds, f"{how}, pages": pages}
+    for key, value in values.items():
       found.setdefault(key, []).append(value)
   for pipe in asked.values():
     pipe.send(False)
@@ -98,22 +111,26 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=9, help="in each block")
   options = parser.parse_args()
   begin = time.time()
+  threads = f"NPROC={os.environ['NPROC']} " if "NPROC" in os.environ else ""
   rows = []
-  for name in (*PAIRS, DIVERGENCE):
+  for name in (*PAIRS, DIVERGENCE, TRAINING):
     found = measure(name, options.blocks, options.rounds)
-    title = name if name == DIVERGENCE else f"a distillation step: {name}"
+    title = f"a distillation step: {name}" if name in PAIRS else name
     rows.append({"name": title, "values": found.pop("ratio"), "details": found})
   _common.show(
     _common.result(
       title="Memory that is kept for the next step",
-      command="NPROC=1 python -m benchmarks.kept_memory",
+      command=f"{threads}python -m benchmarks.kept_memory "
+      f"--blocks {options.blocks} --rounds {options.rounds}",
       data={
         "pairs": "those of the floors",
         DIVERGENCE: f"{ROWS} examples of {CLASSES:,} classes",
+        TRAINING: f"{STEPS} steps of the MLP of loop_small",
+        "threads": os.environ.get("NPROC") or os.cpu_count(),
       },
       seeds=list(range(options.blocks)),
       metric={
-        "name": "processor time",
+        "name": "time",
         "unit": "in that without memory.keep",
         "better": "lower",
       },

@@ -25,14 +25,18 @@ SIZES: dict[str, Any] = {
   "large": ((1200, 1200), (800, 800), 300),
 }
 
+BASE = "the compiled step alone"
+
 
 def copied(state: Any) -> Any:
   """A state that can be donated."""
   return jax.tree.map(lambda x: x.copy(), state)
 
 
-def benchmark(size: str) -> Benchmark:
-  teacher, student, steps = SIZES[size]
+def forms(
+  teacher: tuple[int, ...], student: tuple[int, ...], steps: int
+) -> dict[str, Callable[[], Any]]:
+  """So many steps of this pair, with the loop and without."""
 
   def alone(per_call: int) -> Callable[[], Any]:
     run = _common.mlp_pair(teacher, student, per_call)
@@ -64,16 +68,20 @@ def benchmark(size: str) -> Benchmark:
 
     return work
 
-  base = "the compiled step alone"
+  return {
+    BASE: alone(1),
+    "train.fit": whole(1),
+    "ten steps a call, alone": alone(10),
+    "train.fit, ten steps a call": whole(10),
+  }
+
+
+def benchmark(size: str) -> Benchmark:
+  teacher, student, steps = SIZES[size]
   return Benchmark(
     title=f"What the loop adds: {size} MLP",
-    base=base,
-    forms={
-      base: alone(1),
-      "train.fit": whole(1),
-      "ten steps a call, alone": alone(10),
-      "train.fit, ten steps a call": whole(10),
-    },
+    base=BASE,
+    forms=forms(teacher, student, steps),
     data={
       "teacher": "-".join(map(str, teacher)),
       "student": "-".join(map(str, student)),

@@ -135,6 +135,7 @@ def result(
   return _common.result(
     title=bench.title,
     command=f"{settings}python -m benchmarks.run {name}"
+    + f" --blocks {len(base)} --rounds {rounds}"
     + " --processor" * bool(how),
     source=bench.source,
     config={"blocks": len(base), "rounds": rounds},

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from kd_jax import memory
@@ -50,7 +51,15 @@ def test_a_step_finds_the_memory_of_the_last_one():
 
 def test_settings_of_the_environment_stay(monkeypatch):
   monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+  monkeypatch.setattr(memory, "_has_devices", lambda: False)
   assert memory.keep() is False
   monkeypatch.delenv("MALLOC_ARENA_MAX")
   monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("musl", "1"))
   assert memory.keep() is False
+
+
+def test_it_is_too_late_once_there_are_devices():
+  count = len(jax.devices())
+  assert memory.keep() is False
+  assert jax.config.jax_num_cpu_devices == -1
+  assert len(jax.devices()) == count
