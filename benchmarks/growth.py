@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from benchmarks import _common, run
-from kd_jax import losses, models, train
+from kd_jax import losses, memory, models, train
 from kd_jax.reduce import Term
 
 NOTES = (
@@ -319,6 +319,7 @@ def main() -> None:
   options = parser.parse_args()
   if min(options.blocks, options.rounds) < 1:
     parser.error("--blocks and --rounds should be at least 1")
+  memory.keep()
   begin = time.time()
   rows = []
   for name, axis in AXES.items():

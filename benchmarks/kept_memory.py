@@ -52,8 +52,7 @@ def training() -> Callable[[], Any]:
 
 
 def serve(pipe: Any, name: str, keep: bool) -> None:
-  """Answers each question with the seconds, those of the processor, and the
-  page faults of a round."""
+  """Tells, when asked, a round's seconds, processor seconds, page faults."""
   from kd_jax import memory
 
   if keep and not memory.keep():

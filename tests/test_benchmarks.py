@@ -145,8 +145,8 @@ def test_the_result_says_which_clock_and_which_environment():
   )
   found = run.result("peers_mlp", bench, {"a": [2.0]}, 3, 1.0)
   assert found["metric"]["name"] == "processor time"
-  command = "NPROC=1 python -m benchmarks.run peers_mlp --processor"
-  assert found["command"] == command
+  asked = "peers_mlp --blocks 1 --rounds 3 --processor"
+  assert found["command"] == f"NPROC=1 python -m benchmarks.run {asked}"
 
 
 def test_chunks_ask_for_less_than_all_logits():
