@@ -1,7 +1,8 @@
 """What benchmarks have in common: a small training, the result file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import datetime
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -63,6 +64,12 @@ def mlp_pair(
   }
   size, n = config.student.batch_size, len(arrays["id"])
   return Training(net.runner, state, frozen, train.index_batches(0, size, n))
+
+
+def settings(more: Mapping[str, str] | None = None) -> str:
+  """What stands before a command: the number of threads, where it was set."""
+  now = {"NPROC": os.environ["NPROC"]} if "NPROC" in os.environ else {}
+  return "".join(f"{k}={v} " for k, v in {**now, **(more or {})}.items())
 
 
 def result(**fields: Any) -> dict[str, Any]:

@@ -110,7 +110,6 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=9, help="in each block")
   options = parser.parse_args()
   begin = time.time()
-  threads = f"NPROC={os.environ['NPROC']} " if "NPROC" in os.environ else ""
   rows = []
   for name in (*PAIRS, DIVERGENCE, TRAINING):
     found = measure(name, options.blocks, options.rounds)
@@ -119,7 +118,7 @@ def main() -> None:
   _common.show(
     _common.result(
       title="Memory that is kept for the next step",
-      command=f"{threads}python -m benchmarks.kept_memory "
+      command=f"{_common.settings()}python -m benchmarks.kept_memory "
       f"--blocks {options.blocks} --rounds {options.rounds}",
       data={
         "pairs": "those of the floors",

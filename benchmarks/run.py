@@ -130,7 +130,7 @@ def result(
 
   how = {time.process_time: "processor "}.get(bench.clock, "")
   metric = {"name": f"{how}time", "unit": f"in that of: {bench.base}"}
-  settings = "".join(f"{k}={v} " for k, v in bench.environment.items())
+  settings = _common.settings(bench.environment)
 
   return _common.result(
     title=bench.title,
