@@ -150,8 +150,22 @@ def fit(
       nonlocal settled
       calls = pending[: len(pending) - but]
       del pending[: len(calls)]
-      for (begin, inputs, _), metrics in zip(
-        calls, jax.device_get([call[2] for call in calls]), strict=True
+      settled = time.monotonic()
+      if not calls:
+        return
+      due = [
+        [writer is not None and logs.due(begin + i + 1) for i in range(len(b))]
+        for begin, b, _ in calls
+      ]
+      # Every number that is fetched costs time; of most steps one is enough.
+      few = [
+        metrics
+        if any(now) or metrics is calls[-1][2]
+        else {"ok": metrics["ok"]}
+        for now, (*_, metrics) in zip(due, calls, strict=True)
+      ]
+      for (begin, inputs, _), now, metrics in zip(
+        calls, due, jax.device_get(few), strict=True
       ):
         if runner.steps_per_call == 1:
           metrics = {name: np.asarray(x)[None] for name, x in metrics.items()}
@@ -162,15 +176,15 @@ def fit(
           save(at, good.replace(skipped=good.skipped - 1))
           raise FloatingPointError(message)
         for i, batch in enumerate(inputs):
-          if writer is not None and logs.due(begin + i + 1):
+          if now[i]:
             scalars = _scalars(
               {k: v[i] for k, v in metrics.items() if k != "ok"}
             )
             ids = batch["id"] if "id" in batch else batch.get("index")
             extra = {} if ids is None else {"ids": hash_ids(ids)}
-            writer.write(begin + i + 1, scalars, **extra)
-        bar.advance(begin + len(inputs), np.mean(metrics["loss"][-1]))
-      settled = time.monotonic()
+            writer.write(begin + i + 1, scalars, **extra)  # type: ignore[union-attr]
+        bar.advance(begin + len(inputs))
+      bar.loss(np.mean(metrics["loss"][-1]))
 
     while step < num_steps:
       end = min(num_steps, evals.end(step), saves.end(step))
@@ -289,11 +303,13 @@ class _Progress:
   def __exit__(self, *unused: Any) -> None:
     self._bar.close()
 
-  def advance(self, step: int, loss: float) -> None:
+  def advance(self, step: int) -> None:
     if not self._compiled:  # which is not to count for the time left
       self._compiled = True
       self._first, self._began = step, time.monotonic()
     self._bar.update(step - self._bar.n)
+
+  def loss(self, loss: float) -> None:
     self._bar.set_postfix_str(f"loss {loss:.4g}{self._scores}", refresh=False)
 
   def note(self, step: int, scalars: Mapping[str, float]) -> None:
