@@ -37,6 +37,7 @@ NAMES: dict[str, tuple[str, ...]] = {
   "loop": ("loop", "large"),
   "cache": ("cache",),
   "rkd_angle": ("relations",),
+  "rkd_angle_4096": ("relations", "4096"),
   "peers_mlp": ("peers", "mlp"),
   "peers_conv": ("peers", "conv"),
   "peers_vit": ("peers", "vit"),
@@ -168,7 +169,7 @@ def main() -> None:
     "names",
     nargs="*",
     metavar="NAME",
-    help=f"{', '.join(NAMES)}; all but peers_ and _128k by default",
+    help=f"{', '.join(NAMES)}; all but peers_, _128k, _4096 by default",
   )
   parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
   parser.add_argument(
@@ -185,9 +186,11 @@ def main() -> None:
   if min(options.blocks, options.rounds) < 1:
     parser.error("--blocks and --rounds should be at least 1")
   # Peers need what is not installed and a setting that changes the others;
-  # the largest vocabulary needs memory and patience.
+  # the largest vocabulary and batch need memory and patience.
   names = options.names or [
-    n for n in NAMES if not n.startswith("peers_") and not n.endswith("_128k")
+    name
+    for name in NAMES
+    if not name.startswith("peers_") and not name.endswith(("_128k", "_4096"))
   ]
   if options.json and len(names) > 1:
     parser.error("--json keeps one result: give one NAME")
