@@ -124,7 +124,9 @@ def fit(
         return
       if runner.peers > 1 and jax.process_count() > 1:
         raise RuntimeError("peers on several hosts cannot be gathered now")
-      for left in reversed(range(100)):
+      # On a CPU a call may hold it until its end; of half a minute ten seconds
+      # are gone, and five are for the save.
+      for left in reversed(range(150)):
         try:
           with saving:
             good = runner.unreplicate(state)
