@@ -10,7 +10,6 @@ Run: python -m benchmarks.memory --json results/benchmarks/memory.json
 
 import argparse
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
@@ -69,7 +68,8 @@ def result(found: dict[int, float], seconds: float) -> dict[str, Any]:
   ]
   return _common.result(
     title="Memory of a long run",
-    command=f"python -m benchmarks.memory {' '.join(sys.argv[1:])}",
+    command=f"{_common.settings()}python -m benchmarks.memory "
+    f"--steps {max(found)}",
     data={"teacher": "784-300-300-10", "student": "784-100-100-10"},
     metric={"name": "resident memory", "unit": "MiB", "better": "lower"},
     rows=rows,

@@ -26,7 +26,8 @@ def keep() -> bool:
 
   Call it before the first array is made, and after
   `jax.distributed.initialize`; `kd_jax.cli` does. From then on the process does
-  not shrink, and may grow to twice the memory of its largest program. Where
+  not shrink: what compiling took stays, and there may come to be twice the
+  memory of the largest program. Where
   that is too much, MALLOC_ARENA_MAX=8 in the environment leaves all as it was.
 
   Returns:
