@@ -27,8 +27,8 @@ def keep() -> bool:
   Call it before the first array is made, and after
   `jax.distributed.initialize`; `kd_jax.cli` does. From then on the process does
   not shrink: what compiling took stays, and there may come to be twice the
-  memory of the largest program. Where
-  that is too much, MALLOC_ARENA_MAX=8 in the environment leaves all as it was.
+  memory of the largest program. Where that is too much, MALLOC_ARENA_MAX=8 in
+  the environment leaves all as it was.
 
   Returns:
     Whether it was done: not where JAX has made its devices already or runs on
