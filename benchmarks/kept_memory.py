@@ -91,9 +91,11 @@ def measure(name: str, blocks: int, rounds: int) -> dict[str, list[float]]:
       how: list(map(statistics.median, zip(*taken[keep], strict=True)))
       for keep, how in ((False, "given back"), (True, "kept"))
     }
-    both = zip(medians["kept"], medians["given back"], strict=True)
-    ratios = [kept / given if given else 1.0 for kept, given in both]
-    values = {"ratio": ratios[0], "ratio of processor times": ratios[1]}
+    kept, given = medians["kept"], medians["given back"]
+    values = {
+      "ratio": kept[0] / given[0],
+      "ratio of processor times": kept[1] / given[1],
+    }
     for how, (seconds, _, pages) in medians.items():
       values |= {f"{how}, milliseconds": 1e3 * seconds, f"{how}, pages": pages}
     for key, value in values.items():

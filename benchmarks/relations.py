@@ -3,9 +3,9 @@
 The loss of RKD and its gradient for the student: from all cosines at once, as
 the equation is usually written in code, and as `losses.rkd_angle` has it.
 
-The time grows with the cube of the batch, the memory does not: `rkd_angle_4096`
-has a batch that all triplets at once would need a terabyte for, beside one of a
-quarter of it.
+The time grows with the cube of the batch, the memory with its square:
+`rkd_angle_4096` has a batch whose cosines alone would be 256 GiB, all at once,
+beside one of a quarter of it.
 
 Run: python -m benchmarks.run rkd_angle
      python -m benchmarks.run rkd_angle_4096 --blocks 1 --rounds 1

@@ -24,7 +24,6 @@ import time
 from typing import Any
 
 from benchmarks import _common
-from kd_jax import memory
 
 TEACHER, STUDENT, BATCH = (800, 800), (300, 300), 1024
 HOWS, COUNTS = ("jit", "pmap"), (1, 2, 4, 8)
@@ -135,6 +134,8 @@ def main() -> None:
   if min(options.blocks, options.steps) < 1:
     parser.error("--blocks and --steps should be at least 1")
   if options.one:
+    from kd_jax import memory
+
     memory.keep()  # as the commands do
     print(json.dumps(measure(options.one, options.blocks, options.steps)))
     return

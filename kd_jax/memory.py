@@ -32,8 +32,9 @@ def keep() -> bool:
 
   Returns:
     Whether it was done: not where JAX has made its devices already or runs on
-    an accelerator, the C library is not glibc, or the environment has settings
-    of its own (`MALLOC_...`, see `man mallopt`).
+    an accelerator (only programs for the CPU beside it then run in the thread
+    that calls them), the C library is not glibc, or the environment has
+    settings of its own (`MALLOC_...`, see `man mallopt`).
 
   Example:
     >>> from kd_jax import memory

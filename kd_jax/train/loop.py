@@ -178,13 +178,13 @@ def fit(
           save(at, good.replace(skipped=good.skipped - 1))
           raise FloatingPointError(message)
         for i, batch in enumerate(inputs):
-          if now[i]:
+          if writer is not None and now[i]:
             scalars = _scalars(
               {k: v[i] for k, v in metrics.items() if k != "ok"}
             )
             ids = batch["id"] if "id" in batch else batch.get("index")
             extra = {} if ids is None else {"ids": hash_ids(ids)}
-            writer.write(begin + i + 1, scalars, **extra)  # type: ignore[union-attr]
+            writer.write(begin + i + 1, scalars, **extra)
         bar.advance(begin + len(inputs))
       bar.loss(np.mean(metrics["loss"][-1]))
 
