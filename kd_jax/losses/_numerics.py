@@ -1,11 +1,12 @@
 """Softmax arithmetic that stays right where the plain formulas do not.
 
-With p the teacher's and q the student's distribution, everything here works
-on three arrays: log p, log q and log(q / p). The ratio is kept on its own,
-since near equality, and at high temperatures, the difference of two rounded
-logarithms is all rounding.
+With p the teacher's and q the student's distribution, divergences are made of
+p, q, their logarithms and log(q / p). The ratio is kept on its own, since near
+equality, and at high temperatures, the difference of two rounded logarithms is
+all rounding.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -20,28 +21,32 @@ ABSENT = -1e30
 LOG_ZERO = -1e5
 
 
-class LogPair(NamedTuple):
+class Pair(NamedTuple):
   """Two distributions over the same classes.
 
   Attributes:
+    p: [..., classes] float32, the teacher's probabilities.
+    q: [..., classes] float32, the student's.
     log_p: [..., classes] float32, the teacher's log-probabilities.
     log_q: [..., classes] float32, the student's.
     log_ratio: [..., classes] float32, log(q / p).
   """
 
+  p: jax.Array
+  q: jax.Array
   log_p: jax.Array
   log_q: jax.Array
   log_ratio: jax.Array
 
 
-def log_softmax_pair(
+def softmax_pair(
   student: jax.Array,
   teacher: jax.Array,
   temperature: jax.Array,
   teacher_temperature: jax.Array | None,
   axis: int,
-) -> LogPair:
-  """Log-probabilities of student and teacher, and their accurate ratio.
+) -> Pair:
+  """The distributions of student and teacher, and their accurate ratio.
 
   Args:
     student: [..., classes] float32 logits; below `ABSENT`: no such class.
@@ -51,8 +56,11 @@ def log_softmax_pair(
     axis: the class axis.
 
   Returns:
-    A `LogPair`. A class absent on both sides has log_ratio 0, one absent on
+    A `Pair`. A class absent on both sides has log_ratio 0, one absent on
     one side a log-probability of `LOG_ZERO` there.
+    Derivatives of log_ratio are those of log_q - log_p: exact in the logits,
+    but in a temperature with the rounding of the two, which shows where they
+    are nearly equal.
   """
   scale: jax.Array | float = 1.0
   if teacher_temperature is None:
@@ -81,7 +89,10 @@ def log_softmax_pair(
   log_ratio = jnp.where(
     both, gap - (q.log_total - p.log_total), q.log_prob - p.log_prob
   )
-  return LogPair(p.log_prob, q.log_prob, log_ratio)
+  log_ratio = _difference_known(
+    q.log_prob, p.log_prob, lax.stop_gradient(log_ratio)
+  )
+  return Pair(p.prob, q.prob, p.log_prob, q.log_prob, log_ratio)
 
 
 def log_softmax(
@@ -124,10 +135,17 @@ def excess(p: jax.Array, q: jax.Array, log_ratio: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _exp_rest(d: jax.Array) -> jax.Array:
   """exp(d) - 1 - d for |d| <= 1, by its Taylor series."""
-  series = jnp.zeros_like(d)
-  for k in range(12, 2, -1):
-    series = (series + 1.0) * d * (1.0 / k)
-  return (series + 1.0) * d * d / 2.0
+  # Terms are added in pairs, and pairs of these: no addition waits for all
+  # before it.
+  terms = [jnp.full_like(d, 1.0 / math.factorial(k)) for k in range(2, 12)]
+  power = d
+  while len(terms) > 1:
+    odd = terms[len(terms) // 2 * 2 :]
+    terms = [
+      a + b * power for a, b in zip(terms[::2], terms[1::2], strict=False)
+    ] + odd
+    power = power * power
+  return terms[0] * d * d
 
 
 @_exp_rest.defjvp
@@ -189,6 +207,7 @@ def _scale(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
 
 class _SoftmaxParts(NamedTuple):
   present: jax.Array  # [..., classes] bool
+  prob: jax.Array  # [..., classes]
   log_prob: jax.Array  # [..., classes]
   top: jax.Array  # [..., 1] the largest logit, not divided by temperature
   log_total: jax.Array  # [..., 1] log sum exp((logits - top) / temperature)
@@ -203,8 +222,46 @@ def _softmax_parts(
     jnp.maximum(jnp.max(logits, axis=axis, keepdims=True), ABSENT)
   )
   shifted = jnp.where(here, logits - top, 0.0) / temperature
-  total = jnp.where(here, jnp.exp(shifted), 0.0).sum(axis, keepdims=True)
+  shares = jnp.where(here, jnp.exp(shifted), 0.0)
+  total = shares.sum(axis, keepdims=True)
   # The total is 0 only where every class is absent.
-  log_total = jnp.log(jnp.where(total == 0.0, 1.0, total))
+  total = jnp.where(total == 0.0, 1.0, total)
+  log_total = jnp.log(total)
   log_prob = jnp.where(here, shifted - log_total, LOG_ZERO)
-  return _SoftmaxParts(here, log_prob, top, log_total)
+  prob = _exp_known(log_prob, lax.stop_gradient(shares * (1.0 / total)))
+  return _SoftmaxParts(here, prob, log_prob, top, log_total)
+
+
+@jax.custom_jvp
+def _exp_known(x: jax.Array, exp_x: jax.Array) -> jax.Array:
+  """exp(x), for the price of its derivative: its value is there already."""
+  del x
+  return exp_x
+
+
+@_exp_known.defjvp
+def _exp_known_jvp(
+  primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  value = _exp_known(*primals)
+  return value, value * tangents[0]
+
+
+@jax.custom_jvp
+def _difference_known(
+  a: jax.Array, b: jax.Array, difference: jax.Array
+) -> jax.Array:
+  """The difference a - b, known better than from the rounded a and b.
+
+  All that a divergence's gradient has of a distribution so comes in by one
+  array, its logarithm, and goes through its normaliser once.
+  """
+  del a, b
+  return difference
+
+
+@_difference_known.defjvp
+def _difference_known_jvp(
+  primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+  return _difference_known(*primals), tangents[0] - tangents[1]

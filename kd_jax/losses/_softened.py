@@ -19,7 +19,7 @@ def pair(
   teacher_temperature: ArrayLike | None,
   axis: int,
   where: ArrayLike | None,
-) -> tuple[numerics.LogPair, jax.Array, jax.Array | None]:
+) -> tuple[numerics.Pair, jax.Array, jax.Array | None]:
   """Checks the arguments that all divergences share, and softens.
 
   Returns:
@@ -34,13 +34,13 @@ def pair(
     teacher_temperature = checks.positive(
       "teacher_temperature", teacher_temperature
     )
-  softened = numerics.log_softmax_pair(
+  softened = numerics.softmax_pair(
     student, teacher, temperature, teacher_temperature, axis
   )
   return softened, temperature**2, where
 
 
-def present(softened: numerics.LogPair) -> jax.Array:
+def present(softened: numerics.Pair) -> jax.Array:
   """[..., classes] bool, False for a class that is absent on both sides."""
   return (softened.log_p != numerics.LOG_ZERO) | (
     softened.log_q != numerics.LOG_ZERO
@@ -65,10 +65,9 @@ def log_mixture(
   return jnp.where(near, jnp.log1p(q_weight * jnp.expm1(d)), log_m - log_p)
 
 
-def difference(softened: numerics.LogPair, axis: int) -> jax.Array:
+def difference(softened: numerics.Pair, axis: int) -> jax.Array:
   """The change q - p, with its digits kept where the two are nearly equal."""
-  log_p, log_q, log_ratio = softened
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  p, q, _, _, log_ratio = softened
   near = jnp.abs(log_ratio) < 1.0
   change = jnp.where(
     near, p * jnp.expm1(jnp.where(near, log_ratio, 0.0)), q - p

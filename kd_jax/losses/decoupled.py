@@ -83,10 +83,10 @@ def dkd(
   )
   target_weight = checks.weight("target_weight", target_weight)
   nontarget_weight = checks.weight("nontarget_weight", nontarget_weight)
-  every = numerics.log_softmax_pair(
+  every = numerics.softmax_pair(
     student, teacher, temperature, teacher_temperature, axis
   )
-  others = numerics.log_softmax_pair(
+  others = numerics.softmax_pair(
     _without(is_true, student),
     _without(is_true, teacher),
     temperature,
@@ -183,18 +183,16 @@ def _without(is_true: jax.Array, logits: jax.Array) -> jax.Array:
   return jnp.where(is_true, -jnp.inf, logits)
 
 
-def _excess(pair: numerics.LogPair) -> jax.Array:
-  return numerics.excess(
-    jnp.exp(pair.log_p), jnp.exp(pair.log_q), pair.log_ratio
-  )
+def _excess(pair: numerics.Pair) -> jax.Array:
+  return numerics.excess(pair.p, pair.q, pair.log_ratio)
 
 
 def _true_and_rest(
   is_true: jax.Array,
-  every: numerics.LogPair,
-  others: numerics.LogPair,
+  every: numerics.Pair,
+  others: numerics.Pair,
   axis: int,
-) -> tuple[numerics.LogPair, numerics.LogPair]:
+) -> tuple[numerics.Pair, numerics.Pair]:
   """The true class and the other classes taken together, [...] each.
 
   Args:
@@ -203,7 +201,7 @@ def _true_and_rest(
     others: over the other classes only, which do sum to 1.
     axis: the class axis.
   """
-  true = numerics.LogPair(
+  true = numerics.Pair(
     *(jnp.sum(jnp.where(is_true, x, 0.0), axis) for x in every)
   )
   log_p, log_q = (
@@ -217,16 +215,18 @@ def _true_and_rest(
   near = jnp.abs(odds) < 1.0
   own = every.log_ratio - jnp.expand_dims(true.log_ratio, axis)
   small = jnp.abs(own) < 1.0
-  p = jnp.exp(others.log_p)
   bounded = jnp.expand_dims(jnp.where(near, odds, 0.0), axis)
   change = jnp.where(
     small,
-    p * jnp.expm1(jnp.where(small, own, 0.0)),
-    jnp.exp(others.log_q - bounded) - p,
+    others.p * jnp.expm1(jnp.where(small, own, 0.0)),
+    jnp.exp(others.log_q - bounded) - others.p,
   ).sum(axis)
   odds = -jnp.log1p(jnp.where(near, change, 0.0))
-  total = jnp.log1p(jnp.exp(true.log_p) * jnp.expm1(odds))
+  total = jnp.log1p(true.p * jnp.expm1(odds))
   return (
     true._replace(log_ratio=jnp.where(near, odds - total, true.log_ratio)),
-    numerics.LogPair(log_p, log_q, jnp.where(near, -total, log_ratio)),
+    numerics.Pair(
+      *(jnp.exp(log_p), jnp.exp(log_q), log_p, log_q),
+      log_ratio=jnp.where(near, -total, log_ratio),
+    ),
   )

@@ -72,7 +72,7 @@ def kl(
   Reference: Hinton et al. 2015, arXiv:1503.02531, Sec. 2; for two
   temperatures, Rusu et al. 2015, arXiv:1511.06295, Sec. 3.2.
   """
-  (log_p, log_q, log_ratio), scale, where = softened.pair(
+  (p, q, _, _, log_ratio), scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -80,7 +80,7 @@ def kl(
     axis=axis,
     where=where,
   )
-  terms = numerics.excess(jnp.exp(log_p), jnp.exp(log_q), log_ratio)
+  terms = numerics.excess(p, q, log_ratio)
   return checks.masked(scale * terms.sum(axis), where)
 
 
@@ -129,7 +129,7 @@ def reverse_kl(
 
   Reference: Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Sec. 2.1.
   """
-  (log_p, log_q, log_ratio), scale, where = softened.pair(
+  (p, q, _, _, log_ratio), scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -137,7 +137,7 @@ def reverse_kl(
     axis=axis,
     where=where,
   )
-  terms = numerics.excess(jnp.exp(log_q), jnp.exp(log_p), -log_ratio)
+  terms = numerics.excess(q, p, -log_ratio)
   return checks.masked(scale * terms.sum(axis), where)
 
 
@@ -196,7 +196,7 @@ def jsd(
   beta = checks.open_fraction(
     "beta", beta, "the ends are kl, beta -> 0, and reverse_kl, beta -> 1"
   )
-  (log_p, log_q, log_ratio), scale, where = softened.pair(
+  (p, q, log_p, log_q, log_ratio), scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -204,7 +204,6 @@ def jsd(
     axis=axis,
     where=where,
   )
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
   weights = beta, 1.0 - beta
   m = weights[0] * p + weights[1] * q
   log_m_p = softened.log_mixture(log_p, log_q, log_ratio, *weights)
@@ -263,7 +262,7 @@ def total_variation(
 
   Reference: Wen et al. 2023 (f-distill), arXiv:2307.15190, Sec. 2.
   """
-  log_pair, scale, where = softened.pair(
+  distributions, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -271,7 +270,7 @@ def total_variation(
     axis=axis,
     where=where,
   )
-  change = softened.difference(log_pair, axis)
+  change = softened.difference(distributions, axis)
   # Not abs, whose gradient at 0 is 1.
   distance = (change * lax.stop_gradient(jnp.sign(change))).sum(axis) / 2.0
   return checks.masked(scale * distance, where)

@@ -253,10 +253,10 @@ def cwd(
     student_features, teacher_features, where, same=True
   )
   temperature = checks.positive("temperature", temperature)
-  log_p, log_q, log_ratio = numerics.log_softmax_pair(
+  p, q, _, _, log_ratio = numerics.softmax_pair(
     student, teacher, temperature, None, axis=1
   )
-  terms = numerics.excess(jnp.exp(log_p), jnp.exp(log_q), log_ratio)
+  terms = numerics.excess(p, q, log_ratio)
   loss = temperature**2 * jnp.mean(terms.sum(1), -1)
   return checks.masked(loss, where)
 

@@ -74,7 +74,7 @@ def skew_kl(
   skew = checks.open_fraction(
     "skew", skew, "as it tends to 0 this is kl, and at 1 it would be 0"
   )
-  (log_p, log_q, log_ratio), scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -82,7 +82,7 @@ def skew_kl(
     axis=axis,
     where=where,
   )
-  terms = _skewed(log_p, log_q, log_ratio, skew)
+  terms = _skewed(pair, skew)
   return checks.masked(scale * terms.sum(axis), where)
 
 
@@ -136,7 +136,7 @@ def skew_reverse_kl(
   skew = checks.open_fraction(
     "skew", skew, "as it tends to 0 this is reverse_kl, and at 1 it would be 0"
   )
-  (log_p, log_q, log_ratio), scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -144,7 +144,8 @@ def skew_reverse_kl(
     axis=axis,
     where=where,
   )
-  terms = _skewed(log_q, log_p, -log_ratio, skew)
+  p, q, log_p, log_q, log_ratio = pair
+  terms = _skewed(numerics.Pair(q, p, log_q, log_p, -log_ratio), skew)
   return checks.masked(scale * terms.sum(axis), where)
 
 
@@ -211,7 +212,7 @@ def alpha_mixture_kl(
   mixing = checks.open_fraction(
     "mixing", mixing, "as it tends to 0 this is kl, and at 1 it would be 0"
   )
-  log_pair, scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -219,7 +220,7 @@ def alpha_mixture_kl(
     axis=axis,
     where=where,
   )
-  log_p, log_q, log_ratio = log_pair
+  p, _, log_p, log_q, log_ratio = pair
   # log(r Z) by the logarithms; but by the ratio where p^s and q^s are close,
   # since p and q are or since s is small. That holds at s = 0 as well, the
   # geometric mean, and passes it smoothly.
@@ -233,7 +234,7 @@ def alpha_mixture_kl(
     jnp.where(near, gap, 0.0), 1.0 - mixing
   )
   log_mean = jnp.where(near, log_p + shift, mean)
-  present = softened.present(log_pair)
+  present = softened.present(pair)
   sum_exp = lambda x: jax.nn.logsumexp(
     jnp.where(present, x, numerics.ABSENT), axis, keepdims=True
   )
@@ -244,7 +245,7 @@ def alpha_mixture_kl(
   r = jnp.exp(jnp.where(present, log_mean - log_total, numerics.LOG_ZERO))
   log_r_p = jnp.where(near, shift, mean - log_p) - log_total
   log_r_p = jnp.where(present, log_r_p, 0.0)
-  terms = numerics.excess(jnp.exp(log_p), r, log_r_p)
+  terms = numerics.excess(p, r, log_r_p)
   return checks.masked(scale * terms.sum(axis), where)
 
 
@@ -311,7 +312,7 @@ def adaptive_kl(
   head_mass = checks.open_fraction(
     "head_mass", head_mass, "head and tail should both hold classes"
   )
-  log_pair, scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -319,12 +320,11 @@ def adaptive_kl(
     axis=axis,
     where=where,
   )
-  log_p, log_q, log_ratio = log_pair
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  p, q, log_p, _, log_ratio = pair
   forward = numerics.excess(p, q, log_ratio).sum(axis)
   reverse = numerics.excess(q, p, -log_ratio).sum(axis)
 
-  gap = jnp.abs(softened.difference(log_pair, axis))
+  gap = jnp.abs(softened.difference(pair, axis))
   order = jnp.argsort(log_p, axis, descending=True)
   gap, p = (jnp.take_along_axis(x, order, axis) for x in (gap, p))
   mass = jnp.cumsum(p, axis)
@@ -342,11 +342,9 @@ def adaptive_kl(
   return checks.masked(loss, where)
 
 
-def _skewed(
-  log_p: jax.Array, log_q: jax.Array, log_ratio: jax.Array, skew: jax.Array
-) -> jax.Array:
+def _skewed(pair: numerics.Pair, skew: jax.Array) -> jax.Array:
   """The terms of KL(p || skew p + (1 - skew) q)."""
-  p, q = jnp.exp(log_p), jnp.exp(log_q)
+  p, q, log_p, log_q, log_ratio = pair
   mixture = skew * p + (1.0 - skew) * q
   log_m_p = softened.log_mixture(log_p, log_q, log_ratio, skew, 1.0 - skew)
   return numerics.excess(p, mixture, log_m_p)

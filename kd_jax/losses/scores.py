@@ -79,7 +79,7 @@ def concrete_score(
   sides = ("student", "teacher", "uniform")
   checks.choice("weights", weights, *sides)
   checks.choice("partner_weights", partner_weights, *sides)
-  log_pair, scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -87,15 +87,15 @@ def concrete_score(
     axis=axis,
     where=where,
   )
-  present = softened.present(log_pair)
+  present = softened.present(pair)
   classes = jnp.maximum(present.sum(axis, keepdims=True), 1)
   choices = {
-    "student": jnp.exp(log_pair.log_q),
-    "teacher": jnp.exp(log_pair.log_p),
+    "student": pair.q,
+    "teacher": pair.p,
     "uniform": present / classes,
   }
   # log(q / p) is d but for a constant.
-  d = log_pair.log_ratio
+  d = pair.log_ratio
   means, variances = [], []
   for choice in (weights, partner_weights):
     weight = lax.stop_gradient(choices[choice])
@@ -155,7 +155,7 @@ def cosine_logits(
 
   Reference: after Ham et al. 2023, arXiv:2311.14307, Eq. 1.
   """
-  log_pair, scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -163,13 +163,13 @@ def cosine_logits(
     axis=axis,
     where=where,
   )
-  p, q = jnp.exp(log_pair.log_p), jnp.exp(log_pair.log_q)
+  p, q, *_ = pair
   total = lambda x: x.sum(axis, keepdims=True)
   # A length is 0 only where every class is absent.
   square = lambda x: jnp.where(total(x) == 0.0, 1.0, total(x**2))
   # 1 - cos = sin^2 / (1 + cos), where sin is the part of q - p across p. The
   # difference from 1 would be all rounding near equality.
-  change = softened.difference(log_pair, axis)
+  change = softened.difference(pair, axis)
   across = change - p * total(p * change) / square(p)
   cosine = total(p * q) / jnp.sqrt(square(p) * square(q))
   loss = scale * (total(across**2) / square(q) / (1.0 + cosine)).squeeze(axis)

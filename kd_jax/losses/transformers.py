@@ -393,8 +393,8 @@ def _relation_kl(
 
 def _kl(student: jax.Array, teacher: jax.Array) -> jax.Array:
   """[batch, queries]: KL over keys of [batch, heads, queries, keys] scores."""
-  log_p, log_q, log_ratio = numerics.log_softmax_pair(
+  p, q, _, _, log_ratio = numerics.softmax_pair(
     student, teacher, jnp.ones(()), None, -1
   )
-  terms = numerics.excess(jnp.exp(log_p), jnp.exp(log_q), log_ratio)
+  terms = numerics.excess(p, q, log_ratio)
   return terms.sum(-1).mean(1)

@@ -72,7 +72,7 @@ def alpha_mixture(
   order = checks.finite("order", order)
   mixing = checks.fraction("mixing", mixing)
   temperature = checks.positive("temperature", temperature)
-  log_p, log_q, log_ratio = numerics.log_softmax_pair(
+  _, _, log_p, log_q, log_ratio = numerics.softmax_pair(
     student, teacher, temperature, None, axis
   )
   # By the ratio where p^a and q^a are close, be it since a is near 0: that

@@ -378,6 +378,18 @@ def test_forward_and_second_derivatives(loss, reference):
   np.testing.assert_allclose(curvature, expected, atol=2e-5)
 
 
+@each
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_gradient_of_the_temperature(loss, reference, temperature):
+  student, teacher = logits(0), logits(1)
+  slope = jax.grad(lambda t: loss(student, teacher, temperature=t).sum())(
+    temperature
+  )
+  at = lambda t: reference(student, teacher, t).sum()
+  expected = (at(temperature + 1e-4) - at(temperature - 1e-4)) / 2e-4
+  np.testing.assert_allclose(slope, expected, rtol=1e-5)
+
+
 def test_kl_hessian_at_equality_is_the_fisher_matrix():
   z = logits(0, (4,))
   q = np.exp(references.log_softmax(z))
