@@ -47,22 +47,32 @@ def present(softened: numerics.Pair) -> jax.Array:
   )
 
 
-def log_mixture(
-  log_p: jax.Array,
-  log_q: jax.Array,
-  log_ratio: jax.Array,
-  p_weight: jax.Array,
-  q_weight: jax.Array,
-) -> jax.Array:
-  """log(m / p) for m = p_weight p + q_weight q, where the weights sum to 1.
+def mixture(
+  pair: numerics.Pair, p_weight: jax.Array, q_weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The mixture m = p_weight p + q_weight q, and log(m / p).
 
-  From the ratio where it is small, so that it keeps its digits, and from the
-  logarithms where exp of it may overflow, or m underflow.
+  The weights sum to 1. The logarithm is taken from the ratio where that is
+  small, so that it keeps its digits.
   """
+  p, q, log_p, log_q, log_ratio = pair
+  m = p_weight * p + q_weight * q
+  # Where m underflows, its larger part is as good as the whole.
+  some = m >= jnp.finfo(jnp.float32).tiny
+  log_m = jnp.where(
+    some,
+    jnp.log(jnp.where(some, m, 1.0)),
+    jnp.maximum(jnp.log(p_weight) + log_p, jnp.log(q_weight) + log_q),
+  )
   near = jnp.abs(log_ratio) < 1.0
   d = jnp.where(near, log_ratio, 0.0)
-  log_m = jnp.logaddexp(jnp.log(p_weight) + log_p, jnp.log(q_weight) + log_q)
-  return jnp.where(near, jnp.log1p(q_weight * jnp.expm1(d)), log_m - log_p)
+  return m, jnp.where(near, jnp.log1p(q_weight * jnp.expm1(d)), log_m - log_p)
+
+
+def swapped(pair: numerics.Pair) -> numerics.Pair:
+  """The same two distributions, named the other way round."""
+  p, q, log_p, log_q, log_ratio = pair
+  return numerics.Pair(q, p, log_q, log_p, -log_ratio)
 
 
 def difference(softened: numerics.Pair, axis: int) -> jax.Array:

@@ -196,7 +196,7 @@ def jsd(
   beta = checks.open_fraction(
     "beta", beta, "the ends are kl, beta -> 0, and reverse_kl, beta -> 1"
   )
-  (p, q, log_p, log_q, log_ratio), scale, where = softened.pair(
+  pair, scale, where = softened.pair(
     student_logits,
     teacher_logits,
     temperature=temperature,
@@ -205,11 +205,10 @@ def jsd(
     where=where,
   )
   weights = beta, 1.0 - beta
-  m = weights[0] * p + weights[1] * q
-  log_m_p = softened.log_mixture(log_p, log_q, log_ratio, *weights)
-  log_m_q = softened.log_mixture(log_q, log_p, -log_ratio, *weights[::-1])
-  terms = weights[0] * numerics.excess(p, m, log_m_p)
-  terms += weights[1] * numerics.excess(q, m, log_m_q)
+  m, log_m_p = softened.mixture(pair, *weights)
+  _, log_m_q = softened.mixture(softened.swapped(pair), *weights[::-1])
+  terms = weights[0] * numerics.excess(pair.p, m, log_m_p)
+  terms += weights[1] * numerics.excess(pair.q, m, log_m_q)
   return checks.masked(scale * terms.sum(axis), where)
 
 

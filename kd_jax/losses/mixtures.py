@@ -144,8 +144,7 @@ def skew_reverse_kl(
     axis=axis,
     where=where,
   )
-  p, q, log_p, log_q, log_ratio = pair
-  terms = _skewed(numerics.Pair(q, p, log_q, log_p, -log_ratio), skew)
+  terms = _skewed(softened.swapped(pair), skew)
   return checks.masked(scale * terms.sum(axis), where)
 
 
@@ -344,7 +343,5 @@ def adaptive_kl(
 
 def _skewed(pair: numerics.Pair, skew: jax.Array) -> jax.Array:
   """The terms of KL(p || skew p + (1 - skew) q)."""
-  p, q, log_p, log_q, log_ratio = pair
-  mixture = skew * p + (1.0 - skew) * q
-  log_m_p = softened.log_mixture(log_p, log_q, log_ratio, skew, 1.0 - skew)
-  return numerics.excess(p, mixture, log_m_p)
+  mixture, log_m_p = softened.mixture(pair, skew, 1.0 - skew)
+  return numerics.excess(pair.p, mixture, log_m_p)
