@@ -59,8 +59,9 @@ def life(workdir: str, kind: str, seed: int) -> None:
   """Runs the experiment in this process, which dies on the way."""
   draw = random.Random(seed)
   me = os.getpid()
-  null = open(os.devnull, "w")  # noqa: SIM115
-  sys.stdout = sys.stderr = null
+  # A file could not be written on a full file system.
+  name = os.devnull if kind == "full" else f"{workdir}.said"
+  sys.stdout = sys.stderr = open(name, "w")  # noqa: SIM115
   logging.set_verbosity(logging.FATAL)  # as the command does
   if kind in ("time", "term"):
     number = signal.SIGKILL if kind == "time" else signal.SIGTERM
@@ -123,19 +124,22 @@ def damage(workdir: pathlib.Path, draw: random.Random) -> bool:
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
   """What must be the same in the end: weights, metrics, scores."""
   import numpy as np
+  import orbax.checkpoint as ocp
 
-  from kd_jax import teachers
-  from kd_jax.train.trained import read_leaves
+  from kd_jax import errors, teachers
+  from kd_jax.train.checkpoints import read_leaves
   from kd_jax.train.workdir import read_metrics
 
   found: dict[str, Any] = {}
   for folder in sorted(workdir.rglob("checkpoints")):
     name = str(folder.parent.relative_to(workdir))
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
-    stored = read_leaves(folder / str(max(steps)))
     found[f"{name} newest checkpoint"] = max(steps)
-    if isinstance(stored, str):
-      stored = {(f"(not read: {stored})",): np.zeros(0)}
+    try:
+      with ocp.CheckpointManager(folder) as manager:
+        stored = read_leaves(manager, max(steps))
+    except errors.CheckpointError as error:
+      stored = {(f"(not read: {error})",): np.zeros(0)}
     for key, leaf in stored.items():
       found[f"{name} {'/'.join(key)}"] = teachers.digest(leaf)
     found[f"{name} metrics"] = read_metrics(folder.parent / "metrics.jsonl")
@@ -207,7 +211,11 @@ def soak(
         if code in (-signal.SIGKILL, -signal.SIGTERM, 143, FULL):
           counts[kind] += 1
         elif code != 0:
-          faults.append(f"a life of kind {kind} ended with exit code {code}")
+          said = pathlib.Path(f"{workdir}.said")
+          faults.append(
+            f"a life of kind {kind} ended with exit code {code}"
+            + (kind != "full") * f": {said.read_text()[-2000:]}"
+          )
           break
         # A finished run reads no checkpoint any more, so it cannot mend one.
         going_on = code and not (workdir / "result.json").exists()

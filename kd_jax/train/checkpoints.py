@@ -5,9 +5,11 @@ each step carries a SHA-256 digest of every leaf, and restoring walks back from
 the newest step to the newest good one, saying what it skipped and why.
 """
 
+from collections.abc import Mapping
 import hashlib
 import os
 import pathlib
+import re
 from typing import Any
 import warnings
 
@@ -110,14 +112,12 @@ class Checkpoints:
         never silently starts again from step 0.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
-    plain = _to_plain(template)
     skipped = []
     for step in steps:
       try:
-        restored = self._read(step, plain)
-      except Exception as error:  # orbax raises anything on damaged files
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        skipped.append((step, lines[0]))
+        leaves = read_leaves(self._manager, step)
+      except CheckpointError as error:
+        skipped.append((step, str(error)))
         continue
       for bad, reason in skipped:
         aside = self._move_aside(bad)
@@ -128,7 +128,7 @@ class Checkpoints:
         )
       if skipped:
         self._manager.reload()
-      return _from_plain(restored, template), step
+      return _from_leaves(leaves, template), step
     if skipped:
       what = "; ".join(f"{step}: {reason}" for step, reason in skipped)
       raise CheckpointError(
@@ -136,21 +136,6 @@ class Checkpoints:
         "the directory from a copy, or remove it to start this stage again"
       )
     return None
-
-  def _read(self, step: int, plain: Any) -> Any:
-    stored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(plain), digests=ocp.args.JsonRestore()
-      ),
-    )
-    state = jax.tree.map(np.asarray, stored["state"])
-    found = _digests(state)
-    wrong = [k for k, v in stored["digests"].items() if found.get(k) != v]
-    wrong += [k for k in found if k not in stored["digests"]]
-    if wrong:
-      raise CheckpointError(f"digest mismatch at {wrong[0]}")
-    return state
 
   def _move_aside(self, step: int) -> pathlib.Path:
     source = self.directory / str(step)
@@ -169,6 +154,51 @@ class Checkpoints:
     return CheckpointError(f"cannot write to {self.directory}: {cause}")
 
 
+def read_leaves(
+  manager: ocp.CheckpointManager, step: int
+) -> dict[tuple[str, ...], np.ndarray]:
+  """The leaves of a checkpoint, whatever program wrote it, by their paths.
+
+  All who read a checkpoint do it so: what one of them trusts, all do.
+
+  Args:
+    manager: of the folder that holds the checkpoints.
+    step: of one that is there.
+
+  Raises:
+    CheckpointError: if they cannot be trusted; says in one line why.
+  """
+  if not (pathlib.Path(manager.directory) / str(step) / "digests").is_dir():
+    raise CheckpointError("it has no digests: cut, or no checkpoint of kd_jax")
+  try:
+    stored = manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore()
+      ),
+    )
+    found = _leaves(jax.tree.map(np.asarray, stored["state"]))
+    digests = {_parts(key): value for key, value in stored["digests"].items()}
+  except Exception as error:  # orbax raises anything on damaged files
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    cause = lines[0].partition(" [tensorstore_spec")[0]
+    raise CheckpointError(cause) from error
+  for key in sorted({**found, **digests}):
+    if key not in found or digest(found[key]) != digests.get(key):
+      raise CheckpointError(f"digest mismatch at {'/'.join(key)}")
+  return found
+
+
+def _leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  return {_parts(jax.tree_util.keystr(path)): leaf for path, leaf in found}
+
+
+def _parts(key: str) -> tuple[str, ...]:
+  """The names in a path, however its containers write them."""
+  return tuple(re.findall(r"[\w-]+", key))
+
+
 def _is_key(x: Any) -> bool:
   return isinstance(x, jax.Array) and jnp.issubdtype(
     x.dtype, jax.dtypes.prng_key
@@ -185,23 +215,29 @@ def _to_plain(tree: Any) -> Any:
   )
 
 
-def _from_plain(plain: Any, template: Any) -> Any:
-  def back(path: Any, x: np.ndarray, like: Any) -> jax.Array:
-    typed = _is_key(like)
-    shape = np.shape(jax.random.key_data(like) if typed else like)
-    if x.shape != shape:
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
+def _from_leaves(
+  leaves: Mapping[tuple[str, ...], np.ndarray], template: Any
+) -> Any:
+  """A tree like the template, of what was read."""
+  wanted = _leaves(_to_plain(template))
+  for name in sorted({**leaves, **wanted}):
+    there, here = (
+      f"{tree[name].dtype} {tree[name].shape}" if name in tree else "nothing"
+      for tree in (leaves, wanted)
+    )
+    if there != here:
       raise CheckpointError(
-        f"the checkpoint is of another architecture: {name} has shape "
-        f"{x.shape} there and {shape} in this program"
+        f"the checkpoint is of another architecture: {'/'.join(name)} is "
+        f"{there} there and {here} in this program"
       )
-    if typed:
-      return jax.random.wrap_key_data(
-        jnp.asarray(x), impl=jax.random.key_impl(like)
-      )
-    return jnp.asarray(x)
 
-  return jax.tree_util.tree_map_with_path(back, plain, template)
+  def back(path: Any, like: Any) -> jax.Array:
+    x = jnp.asarray(leaves[_parts(jax.tree_util.keystr(path))])
+    if not _is_key(like):
+      return x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+
+  return jax.tree_util.tree_map_with_path(back, template)
 
 
 def _digests(plain: Any) -> dict[str, str]:

@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from kd_jax import models
-from kd_jax.errors import BadInput
+from kd_jax.errors import BadInput, CheckpointError
 from kd_jax.files import read_json
-from kd_jax.train.checkpoints import digest
+from kd_jax.train.checkpoints import read_leaves
 
 
 def load_trained(
@@ -57,9 +55,11 @@ def load_trained(
         "first"
       )
   path = folder / str(max(steps))
-  stored = read_leaves(path)
-  if isinstance(stored, str):
-    raise BadInput(f"{path} is damaged: {stored}")
+  try:
+    with ocp.CheckpointManager(folder) as manager:
+      stored = read_leaves(manager, max(steps))
+  except CheckpointError as error:
+    raise BadInput(f"{path} is damaged: {error}") from error
   roles = {key[1]: None for key in stored if key[0] == "params"}
   if role not in roles:
     raise BadInput(
@@ -134,49 +134,15 @@ def verify(directory: str | os.PathLike[str]) -> dict[str, str | None]:
   ]
   if not steps:
     raise BadInput(f"{directory} holds no checkpoints")
-  found = {}
+  found: dict[str, str | None] = {}
   for path in steps:
-    stored = read_leaves(path)
-    found[str(path)] = stored if isinstance(stored, str) else None
+    found[str(path)] = None
+    try:
+      with ocp.CheckpointManager(path.parent) as manager:
+        read_leaves(manager, int(path.name))
+    except CheckpointError as error:
+      found[str(path)] = str(error)
   return found
-
-
-def read_leaves(path: pathlib.Path) -> dict[tuple[str, ...], np.ndarray] | str:
-  """The leaves of a checkpoint, whatever program wrote it.
-
-  Args:
-    path: of one checkpoint, the folder that its step names.
-
-  Returns:
-    The leaves by their paths; or in one line, why they cannot be trusted.
-  """
-  if not (path / "digests").is_dir():
-    return "it has no digests: cut, or no checkpoint of kd_jax"
-  try:
-    with ocp.CheckpointManager(path.parent) as manager:
-      stored = manager.restore(
-        int(path.name),
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(), digests=ocp.args.JsonRestore()
-        ),
-      )
-    leaves = jax.tree_util.tree_leaves_with_path(stored["state"])
-    named = {
-      _parts(jax.tree_util.keystr(key)): np.asarray(x) for key, x in leaves
-    }
-    digests = {_parts(key): value for key, value in stored["digests"].items()}
-  except Exception as error:  # orbax raises anything on damaged files
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-  for key in sorted({**named, **digests}):
-    same = key in named and digest(named[key]) == digests.get(key)
-    if not same:
-      return f"digest mismatch at {'/'.join(key)}"
-  return named
-
-
-def _parts(key: str) -> tuple[str, ...]:
-  """The names in a path, however its containers write them."""
-  return tuple(re.findall(r"[\w-]+", key))
 
 
 def _check_fits(path: pathlib.Path, found: Any, wanted: Any) -> None:
