@@ -112,6 +112,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=9, help="in each block")
   options = parser.parse_args()
   begin = time.time()
+  threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
   rows = []
   for name in (*PAIRS, DIVERGENCE, TRAINING):
     found = measure(name, options.blocks, options.rounds)
@@ -119,14 +120,16 @@ def main() -> None:
     rows.append({"name": title, "values": found.pop("ratio"), "details": found})
   _common.show(
     _common.result(
-      title="Memory that is kept for the next step",
+      title=f"Memory that is kept for the next step, {threads} threads"
+      if threads > 1
+      else "Memory that is kept for the next step",
       command=f"{_common.settings()}python -m benchmarks.kept_memory "
       f"--blocks {options.blocks} --rounds {options.rounds}",
       data={
         "pairs": "those of the floors",
         DIVERGENCE: f"{ROWS} examples of {CLASSES:,} classes",
         TRAINING: f"{STEPS} steps of the MLP of loop_small",
-        "threads": os.environ.get("NPROC") or os.cpu_count(),
+        "threads": threads,
       },
       seeds=list(range(options.blocks)),
       metric={

@@ -31,6 +31,8 @@ NAMES: dict[str, tuple[str, ...]] = {
   "floor_lm": ("step_floor", "lm"),
   "floor_mutual": ("other_floors", "mutual"),
   "floor_taps": ("other_floors", "taps"),
+  "teacher_wide_resnet": ("teacher_forms", "wide_resnet"),
+  "teacher_mobilenet_v3": ("teacher_forms", "mobilenet_v3"),
   "sweep_small": ("sweep", "small"),
   "sweep_mlp": ("sweep", "mlp"),
   "loop_small": ("loop", "small"),
@@ -48,6 +50,7 @@ NAMES: dict[str, tuple[str, ...]] = {
   "linear_reverse_kl": ("linear_divergence", "reverse_kl"),
   "linear_jsd": ("linear_divergence", "jsd"),
   "linear_kl_128k": ("linear_divergence", "kl", "128k"),
+  "linear_reverse_kl_128k": ("linear_divergence", "reverse_kl", "128k"),
   "linear_jsd_128k": ("linear_divergence", "jsd", "128k"),
 }
 NOTE = (

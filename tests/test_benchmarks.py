@@ -158,3 +158,16 @@ def test_chunks_ask_for_less_than_all_logits():
     temporaries.angles(temporaries.all_at_once, n) for n in (16, 32)
   )
   assert few >= 16**3 * 4 and more > 4 * few
+
+
+def test_norms_are_folded_into_the_convolutions_before_them(monkeypatch):
+  from benchmarks import teacher_forms
+
+  small = (2, 8, 8, 3), {"depth": 10, "width": 1}
+  monkeypatch.setitem(teacher_forms.TEACHERS, "wide_resnet", small)
+  made = teacher_forms.benchmark("wide_resnet")
+  assert made.data["batch norms"] == "7, 4 of them right after a convolution"
+  found = {name: np.asarray(form()) for name, form in made.forms.items()}
+  np.testing.assert_allclose(
+    found["norms folded into convolutions"], found["float32"], rtol=1e-3
+  )
