@@ -51,7 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
   "linear_jsd": ("linear_divergence", "jsd"),
   "linear_kl_128k": ("linear_divergence", "kl", "128k"),
   "linear_reverse_kl_128k": ("linear_divergence", "reverse_kl", "128k"),
-  "linear_jsd_128k": ("linear_divergence", "jsd", "128k"),
+  "linear_jsd_128k": ("linear_divergence", "jsd", "128k_2048"),
 }
 NOTE = (
   'Each "seed" is a block of {rounds} rounds in which the forms take turns: '
