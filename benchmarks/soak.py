@@ -233,7 +233,11 @@ def soak(
 
 
 def result(
-  counts: collections.Counter[str], faults: list[str], seconds: float
+  kills: int,
+  seed: int,
+  counts: collections.Counter[str],
+  faults: list[str],
+  seconds: float,
 ) -> dict[str, Any]:
   """The result file's content, see `kd_jax.result_file`."""
   titles = {
@@ -252,7 +256,7 @@ def result(
   )
   return _common.result(
     title="Soak: kills, signals and damage",
-    command=f"python -m benchmarks.soak {' '.join(sys.argv[1:])}",
+    command=f"python -m benchmarks.soak --kills {kills} --seed {seed}",
     data={"experiment": "born_again, two generations on mnist5k"},
     metric={"name": "count", "unit": "times", "better": "lower"},
     rows=rows,
@@ -273,8 +277,10 @@ def main() -> None:
   signal.signal(signal.SIGINT, signal.default_int_handler)
   begin = time.time()
   show = lambda line: print(line, file=sys.stderr, flush=True)
-  counts, faults = soak(options.kills, options.seed, show)
-  _common.show(result(counts, faults, time.time() - begin), options.json)
+  asked = options.kills, options.seed
+  counts, faults = soak(*asked, show)
+  found = result(*asked, counts, faults, time.time() - begin)
+  _common.show(found, options.json)
   print(*faults, sep="\n")
   sys.exit(1 if faults else 0)
 
