@@ -296,7 +296,8 @@ def result(
   """The result file's content, see `kd_jax.result_file`."""
   return _common.result(
     title="How cost grows",
-    command=f"python -m benchmarks.growth --blocks {blocks} --rounds {rounds}",
+    command=f"{_common.settings()}python -m benchmarks.growth "
+    f"--blocks {blocks} --rounds {rounds}",
     config={"blocks": blocks, "rounds": rounds},
     seeds=list(range(blocks)),
     data={name: list(axis.sizes) for name, axis in AXES.items()},
