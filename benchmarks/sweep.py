@@ -6,8 +6,9 @@ compiled distillation step that asks its teacher, run for one setting after the
 other. As one program, the teacher is asked once for all. Beside PyTorch the
 base are eight runs there; `benchmarks.peers` checks that a step is the same.
 
-Run: python -m benchmarks.run sweep_small sweep_mlp
-     NPROC=1 python -m benchmarks.run peers_sweep_small peers_sweep_mlp
+Run: python -m benchmarks.run sweep_tiny sweep_small sweep_mlp
+     NPROC=1 python -m benchmarks.run peers_sweep_tiny peers_sweep_small
+     NPROC=1 python -m benchmarks.run peers_sweep_mlp
 """
 
 from collections.abc import Callable
@@ -23,12 +24,14 @@ from benchmarks.step_floor import Pair, a_batch
 from kd_jax import losses, models, train
 from kd_jax.reduce import Term
 
-CLASSES, BATCH = 10, 128
+CLASSES = 10
 
-# name -> (teacher's hidden layers, student's, steps in a round, steps a call)
+# name -> (teacher's hidden layers, student's, examples in a batch, steps in a
+# round, steps a call)
 SIZES: dict[str, Any] = {
-  "small": ((300, 300), (100, 100), 20, (1, 10)),
-  "mlp": ((1200, 1200), (800, 800), 4, (1,)),
+  "tiny": ((64, 64), (32,), 32, 100, (1, 100)),
+  "small": ((300, 300), (100, 100), 128, 20, (1, 10)),
+  "mlp": ((1200, 1200), (800, 800), 128, 4, (1,)),
 }
 
 
@@ -37,13 +40,17 @@ def optimizer(hparams: Any) -> optax.GradientTransformation:
 
 
 def in_pytorch(
-  large: tuple[int, ...], small: tuple[int, ...], count: int, steps: int
+  large: tuple[int, ...],
+  small: tuple[int, ...],
+  size: int,
+  count: int,
+  steps: int,
 ) -> Callable[[], None]:
   """Some steps of each of so many students in PyTorch, eager."""
   from benchmarks import peers
 
   roles = (("mlp", {"hidden": hidden}) for hidden in (large, small))
-  pair = Pair((784,), BATCH, steps, *roles)
+  pair = Pair((784,), size, steps, *roles)
   batch = a_batch(pair)
   runs = [
     peers.torch_step(pair, peers.weights(pair, seed), batch)
@@ -66,11 +73,11 @@ def benchmark(size: str, peer: str = "") -> Benchmark:
 
     peers.check_threads()
     environment = peers.ENVIRONMENT
-  large, small, steps, calls = SIZES[size]
+  large, small, examples, steps, calls = SIZES[size]
   rng = np.random.default_rng(0)
   batch = {
-    "image": rng.normal(size=(BATCH, 784)).astype(np.float32),
-    "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+    "image": rng.normal(size=(examples, 784)).astype(np.float32),
+    "label": rng.integers(0, CLASSES, examples).astype(np.int32),
   }
   teacher = models.create("mlp", CLASSES, hidden=large)
   student = models.create("mlp", CLASSES, hidden=small)
@@ -151,7 +158,7 @@ def benchmark(size: str, peer: str = "") -> Benchmark:
   forms: dict[str, Callable[[], Any]] = {}
   if peer:
     base = f"{count} runs in PyTorch"
-    forms[base] = in_pytorch(large, small, count, steps)
+    forms[base] = in_pytorch(large, small, examples, count, steps)
   for per_call in calls:
     more = f", {per_call} steps a call" if per_call > 1 else ""
     forms[alone_name + more] = form(alone, every, per_call)
@@ -176,7 +183,7 @@ def benchmark(size: str, peer: str = "") -> Benchmark:
       "teacher": "-".join(map(str, large)),
       "student": "-".join(map(str, small)),
       "settings": count,
-      "batch size": BATCH,
+      "batch size": examples,
       "steps in a round": steps,
     },
     clock=time.process_time if peer else time.perf_counter,

@@ -90,7 +90,7 @@ def test_a_sweep_runs_beside_pytorch(peers, monkeypatch):
   from benchmarks import sweep
 
   monkeypatch.setattr(peers, "check_threads", lambda: None)
-  monkeypatch.setitem(sweep.SIZES, "tiny", ((7,), (5,), 2, (1, 2)))
+  monkeypatch.setitem(sweep.SIZES, "tiny", ((7,), (5,), 4, 2, (1, 2)))
   bench = sweep.benchmark("tiny", "PyTorch")
   assert bench.base == "8 runs in PyTorch" and bench.base in bench.forms
   for work in bench.forms.values():
