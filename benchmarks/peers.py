@@ -9,6 +9,7 @@ what else the machine does matters less.
 Needs PyTorch and, for torch.compile, a C++ compiler: pip install torch. Where
 torchdistill is installed, its loop is measured as well.
 Run: NPROC=1 python -m benchmarks.run peers_mlp peers_conv peers_vit
+     NPROC=1 python -m benchmarks.run peers_resnet
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,16 +50,15 @@ ENVIRONMENT = {"NPROC": "1"}
 # A call gives the teacher's outputs and parameters.
 Teach = Callable[[], tuple[models.Outputs, Any]]
 
-# What is known of a pair, for the reader.
-_NOTES = {
-  "conv": (
-    "The difference is in XLA's convolutions on a CPU, those of 16 channels "
-    "and the gradients of kernels most of all. Tried for single layers, "
-    "without a clear gain: products of patches or of shifted copies in their "
-    "place, pairs of columns as channels, batch statistics as products, and "
-    "XLA's flags for oneDNN, XNNPACK and YNNPACK."
-  )
-}
+# What is known of pairs, for the reader.
+_NOTES = dict.fromkeys(
+  ("conv", "resnet"),
+  "The difference is in XLA's convolutions on a CPU, those of 16 channels and "
+  "the gradients of kernels most of all. Tried for single layers, without a "
+  "clear gain: products of patches or of shifted copies in their place, pairs "
+  "of columns as channels, batch statistics as products, and XLA's flags for "
+  "oneDNN, XNNPACK and YNNPACK.",
+)
 
 
 def weights(pair: Pair, seed: int = 0) -> tuple[Any, Any]:

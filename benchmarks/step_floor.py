@@ -7,6 +7,7 @@ the distillation step. All of them are kd_jax's own step; that it is no slower
 than a plain `jit` of the same loss is the form "by hand".
 
 Run: python -m benchmarks.run floor_mlp floor_conv floor_vit floor_lm
+     python -m benchmarks.run floor_resnet
 """
 
 from collections.abc import Callable, Mapping
@@ -62,6 +63,12 @@ PAIRS = {
     *((32, 32, 3), 32, 1),
     ("wide_resnet", {"depth": 22, "width": 1}),
     ("wide_resnet", {"depth": 10, "width": 1}),
+  ),
+  # ResNet-56 and ResNet-20 in their pre-activation form.
+  "resnet": Pair(
+    *((32, 32, 3), 32, 1),
+    ("wide_resnet", {"depth": 58, "width": 1}),
+    ("wide_resnet", {"depth": 22, "width": 1}),
   ),
   "vit": Pair(
     *((32, 32, 3), 32, 1),
