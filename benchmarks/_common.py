@@ -1,5 +1,6 @@
 """What benchmarks have in common: a small training, the result file."""
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 import datetime
 import os
@@ -66,6 +67,55 @@ def mlp_pair(
   return Training(net.runner, state, frozen, train.index_batches(0, size, n))
 
 
+def at_least(least: int) -> Callable[[str], int]:
+  """The type of an argument that counts something."""
+
+  def count(text: str) -> int:
+    if text.isdecimal() and int(text) >= least:
+      return int(text)
+    raise argparse.ArgumentTypeError(
+      f"it is {text!r}; it should be a whole number of at least {least}"
+    )
+
+  return count
+
+
+def new_file(text: str) -> pathlib.Path:
+  """The type of an argument that says where to keep a result.
+
+  What could not be written should be known before hours of measuring.
+  """
+  path = pathlib.Path(text)
+  if path.is_dir():
+    raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} cannot be written: {error}"
+    ) from None
+  if not os.access(path.parent, os.W_OK | os.X_OK):
+    raise argparse.ArgumentTypeError(f"the folder of {text!r} is read-only")
+  return path
+
+
+def parser(doc: str | None, **counts: int) -> argparse.ArgumentParser:
+  """That of a benchmark, whose result may be kept.
+
+  Args:
+    doc: its documentation; the first line says what it is.
+    **counts: arguments that are at least one, `blocks` for `--blocks`, with
+      what they are by default.
+  """
+  found = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+  found.add_argument("--json", type=new_file, help="keep the result here")
+  for name, default in counts.items():
+    found.add_argument(
+      f"--{name}", type=at_least(1), default=default, help="%(default)s"
+    )
+  return found
+
+
 def settings(more: Mapping[str, str] | None = None) -> str:
   """What stands before a command: the number of threads, where it was set."""
   now = {"NPROC": os.environ["NPROC"]} if "NPROC" in os.environ else {}
@@ -101,5 +151,4 @@ def show(found: dict[str, Any], path: pathlib.Path | None) -> None:
 
   print(results.table(found))
   if path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     result_file.save(path, found)

@@ -77,16 +77,12 @@ def result(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
-  parser.add_argument("--rounds", type=int, default=3)
+  parser = _common.parser(__doc__, rounds=3)
   parser.add_argument("--of", choices=step_floor.PAIRS, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.of:
     print(first_step(options.of))
     return
-  if options.rounds < 1:
-    parser.error("--rounds should be at least 1")
   begin = time.time()
   seconds: dict[tuple[str, str], list[float]] = {}
   for number in range(options.rounds):

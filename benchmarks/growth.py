@@ -11,10 +11,8 @@ place of a paper's number the exponent that the algorithm has for large sizes.
 Run: python -m benchmarks.growth --json results/benchmarks/growth.json
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 import functools
-import pathlib
 import sys
 import time
 from typing import Any, NamedTuple
@@ -313,13 +311,8 @@ def result(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
-  parser.add_argument("--blocks", type=int, default=5)
-  parser.add_argument("--rounds", type=int, default=3, help="in each block")
+  parser = _common.parser(__doc__, blocks=5, rounds=3)
   options = parser.parse_args()
-  if min(options.blocks, options.rounds) < 1:
-    parser.error("--blocks and --rounds should be at least 1")
   memory.keep()
   begin = time.time()
   rows = []

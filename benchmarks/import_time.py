@@ -1,27 +1,33 @@
-"""Prints what `import kd_jax.losses` adds to `import jax`.
+"""What `import kd_jax.losses` adds to `import jax`.
 
 Each import is timed in a process of its own, the two in turn so that a busy
 moment of the machine hits both, after one untimed round that fills the caches.
 
-Run: python benchmarks/import_time.py [rounds]
+Run: python -m benchmarks.import_time
 """
 
-import statistics
 import subprocess
 import sys
+import time
+from typing import Any
+
+from benchmarks import _common
+
+BASE = "import jax"
+IMPORTS = (BASE, "import kd_jax.losses")
 
 _PROBE = """
 import time
-start = time.perf_counter()
-import {module}
-print(time.perf_counter() - start)
+begin = time.perf_counter()
+{line}
+print(time.perf_counter() - begin)
 """
 
 
-def import_seconds(module: str) -> float:
-  """Returns how long a new interpreter takes to import `module`."""
+def in_a_process(line: str) -> float:
+  """Seconds that a new interpreter takes for an import."""
   done = subprocess.run(
-    [sys.executable, "-c", _PROBE.format(module=module)],
+    [sys.executable, "-c", _PROBE.format(line=line)],
     check=True,
     capture_output=True,
     text=True,
@@ -29,21 +35,43 @@ def import_seconds(module: str) -> float:
   return float(done.stdout)
 
 
+def result(
+  seconds: dict[str, list[float]], wall_seconds: float
+) -> dict[str, Any]:
+  """The result file's content, see `kd_jax.result_file`."""
+  rounds = len(seconds[BASE])
+  return _common.result(
+    title="What importing costs",
+    command=f"python -m benchmarks.import_time --rounds {rounds}",
+    seeds=list(range(rounds)),
+    metric={
+      "name": "time",
+      "unit": f"in that of: {BASE}",
+      "better": "lower",
+    },
+    rows=[
+      {
+        "name": line,
+        "values": [t / b for t, b in zip(taken, seconds[BASE], strict=True)],
+        "details": {"milliseconds": [1e3 * t for t in taken]},
+      }
+      for line, taken in seconds.items()
+    ],
+    wall_seconds=wall_seconds,
+    notes=['Each "seed" is a round: one process for each import.'],
+  )
+
+
 def main() -> None:
-  rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-  modules = ("jax", "kd_jax.losses")
-  seconds: dict[str, list[float]] = {module: [] for module in modules}
-  for round_number in range(rounds + 1):
-    for module in modules:
-      taken = import_seconds(module)
-      if round_number:
-        seconds[module].append(taken)
-  median = {module: statistics.median(seconds[module]) for module in modules}
-  for module in modules:
-    low, high = min(seconds[module]), max(seconds[module])
-    print(f"import {module:14} {median[module]:.3f} s  ({low:.3f}..{high:.3f})")
-  added = median["kd_jax.losses"] - median["jax"]
-  print(f"added by kd_jax.losses {added:.3f} s, medians of {rounds} rounds")
+  options = _common.parser(__doc__, rounds=15).parse_args()
+  begin = time.time()
+  seconds: dict[str, list[float]] = {line: [] for line in IMPORTS}
+  for number in range(options.rounds + 1):
+    for line, taken in seconds.items():
+      found = in_a_process(line)
+      if number:
+        taken.append(found)
+  _common.show(result(seconds, time.time() - begin), options.json)
 
 
 if __name__ == "__main__":

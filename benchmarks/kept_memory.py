@@ -10,11 +10,9 @@ Run: NPROC=1 python -m benchmarks.kept_memory --json FILE
      python -m benchmarks.kept_memory --json FILE
 """
 
-import argparse
 from collections.abc import Callable
 import multiprocessing
 import os
-import pathlib
 import resource
 import statistics
 import time
@@ -106,10 +104,7 @@ def measure(name: str, blocks: int, rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
-  parser.add_argument("--blocks", type=int, default=5)
-  parser.add_argument("--rounds", type=int, default=9, help="in each block")
+  parser = _common.parser(__doc__, blocks=5, rounds=9)
   options = parser.parse_args()
   begin = time.time()
   threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)

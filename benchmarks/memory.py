@@ -8,7 +8,6 @@ buffers found, is the base.
 Run: python -m benchmarks.memory --json results/benchmarks/memory.json
 """
 
-import argparse
 import pathlib
 import tempfile
 import time
@@ -78,13 +77,12 @@ def result(found: dict[int, float], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--steps", type=int, default=10_000)
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
+  parser = _common.parser(__doc__)
+  parser.add_argument(
+    "--steps", type=_common.at_least(2 * MARKS), default=10_000
+  )
   options = parser.parse_args()
   memory.keep()  # as the commands do
-  if options.steps < 2 * MARKS:
-    parser.error(f"--steps should be at least {2 * MARKS}")
   begin = time.time()
   with tempfile.TemporaryDirectory() as folder:
     found = measure(options.steps, pathlib.Path(folder) / "run")

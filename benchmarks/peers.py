@@ -33,13 +33,14 @@ from benchmarks.step_floor import (
   describe,
 )
 from kd_jax import losses, models, train
+from kd_jax.errors import BadInput
 from kd_jax.reduce import Term
 
 try:
   import torch
   from torch.nn import functional
 except ImportError:
-  raise SystemExit("This benchmark needs PyTorch: pip install torch") from None
+  raise BadInput("this benchmark needs PyTorch: pip install torch") from None
 
 from benchmarks import torch_twins
 
@@ -319,7 +320,7 @@ def check_threads() -> None:
   for variable, value in ENVIRONMENT.items():
     known = os.environ.get(variable)
     if known != value:
-      raise SystemExit(
+      raise BadInput(
         f"{variable} is {known!r}; it should be {value!r} before Python "
         "starts, so that XLA has one thread"
       )

@@ -303,12 +303,15 @@ def main(argv: list[str] | None = None) -> int:
   action.add_argument("--write", type=pathlib.Path, help="write between marks")
   action.add_argument("--check", type=pathlib.Path, help="exit 1 if it differs")
   options = parser.parse_args(argv)
-  new = table(count(), [shares(machine.devices) for machine in MACHINES])
   page = options.write or options.check
-  if page is None:
+  try:
+    before = page.read_text(encoding="utf-8") if page else None
+  except OSError as error:
+    parser.error(f"the page cannot be read: {error}")
+  new = table(count(), [shares(machine.devices) for machine in MACHINES])
+  if before is None:
     print(new)
     return 0
-  before = page.read_text(encoding="utf-8")
   after = insert(before, new)
   if options.write:
     page.write_text(after, encoding="utf-8")

@@ -9,11 +9,9 @@ are what a result file holds: one for each block, in place of seeds.
 Run: python -m benchmarks.run view_bank --json results/benchmarks/view_bank.json
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib
-import pathlib
 import statistics
 import sys
 import time
@@ -21,6 +19,7 @@ from typing import Any
 
 from benchmarks import _common
 from kd_jax import memory
+from kd_jax.errors import BadInput
 
 # name -> (module, arguments of its `benchmark`)
 NAMES: dict[str, tuple[str, ...]] = {
@@ -171,27 +170,22 @@ def result(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser = _common.parser(__doc__, blocks=5, rounds=9)
   parser.add_argument(
     "names",
     nargs="*",
     metavar="NAME",
     help=f"{', '.join(NAMES)}; all but peers_, _128k, _4096 by default",
   )
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
   parser.add_argument(
     "--processor",
     action="store_true",
     help="processor time of all threads: where others use the same CPU",
   )
-  parser.add_argument("--blocks", type=int, default=5)
-  parser.add_argument("--rounds", type=int, default=9, help="in each block")
   options = parser.parse_args()
   unknown = sorted(set(options.names) - set(NAMES))
   if unknown:
     parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(NAMES)}")
-  if min(options.blocks, options.rounds) < 1:
-    parser.error("--blocks and --rounds should be at least 1")
   # Peers need what is not installed and a setting that changes the others;
   # the largest vocabulary and batch need memory and patience.
   names = options.names or [
@@ -206,7 +200,10 @@ def main() -> None:
   for name in names:
     begin = time.time()
     module, *args = NAMES[name]
-    bench = importlib.import_module(f"benchmarks.{module}").benchmark(*args)
+    try:
+      bench = importlib.import_module(f"benchmarks.{module}").benchmark(*args)
+    except BadInput as error:
+      parser.error(str(error))
     if options.processor:
       bench = dataclasses.replace(bench, clock=time.process_time)
     medians = take_turns(

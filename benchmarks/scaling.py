@@ -16,7 +16,6 @@ Run: python -m benchmarks.scaling --json results/benchmarks/scaling.json
 import argparse
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -125,14 +124,9 @@ def result(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
-  parser.add_argument("--blocks", type=int, default=5)
-  parser.add_argument("--steps", type=int, default=8, help="in each block")
+  parser = _common.parser(__doc__, blocks=5, steps=8)
   parser.add_argument("--one", choices=HOWS, help=argparse.SUPPRESS)
   options = parser.parse_args()
-  if min(options.blocks, options.steps) < 1:
-    parser.error("--blocks and --steps should be at least 1")
   if options.one:
     from kd_jax import memory
 

@@ -11,7 +11,6 @@ ends it with what it has counted by then.
 Run: python -m benchmarks.soak --kills 1000 --json results/benchmarks/soak.json
 """
 
-import argparse
 import collections
 from collections.abc import Sequence
 import contextlib
@@ -266,13 +265,9 @@ def result(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--kills", type=int, default=100)
+  parser = _common.parser(__doc__, kills=100)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
   options = parser.parse_args()
-  if options.kills < 1:
-    parser.error("--kills should be at least 1")
   # A shell that starts it in the background would have it ignore that.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   begin = time.time()

@@ -8,10 +8,8 @@ of a batch's triplets: the mean loss with its gradient for the student.
 Run: python -m benchmarks.temporaries --json results/benchmarks/temporaries.json
 """
 
-import argparse
 from collections.abc import Callable
 import functools
-import pathlib
 import time
 from typing import Any
 
@@ -111,8 +109,7 @@ def result(found: dict[str, tuple[int, ...]], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--json", type=pathlib.Path, help="keep the result here")
+  parser = _common.parser(__doc__)
   options = parser.parse_args()
   begin = time.time()
   found = rows()

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import run, temporaries
+from benchmarks import _common, run, temporaries
 from benchmarks.step_floor import Pair, a_batch
+from kd_jax.errors import BadInput
 
 PAIRS = {
   "mlp": Pair(
@@ -112,15 +113,37 @@ def test_a_weight_that_differs_is_named(peers, monkeypatch):
 
 def test_more_than_one_thread_is_refused(peers):
   assert os.environ["NPROC"] != "1"
-  with pytest.raises(SystemExit, match="NPROC is '.*'; it should be '1'"):
+  with pytest.raises(BadInput, match="NPROC is '.*'; it should be '1'"):
     peers.benchmark("mlp")
 
 
 def test_without_pytorch_one_line_says_so(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   monkeypatch.delitem(sys.modules, "benchmarks.peers", raising=False)
-  with pytest.raises(SystemExit, match="needs PyTorch: pip install torch$"):
+  with pytest.raises(BadInput, match="needs PyTorch: pip install torch$"):
     importlib.import_module("benchmarks.peers")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--rounds=0"], "it is '0'; it should be a whole number of at least 1"),
+    (["--rounds=two"], "it is 'two'; it should be a whole number"),
+    (["--json=there"], "'there' is a folder, not a file"),
+    (["--json=file/x.json"], "'file/x.json' cannot be written"),
+  ],
+)
+def test_what_cannot_be_is_said_before_anything_is_measured(
+  arguments, message, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "there").mkdir()
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit) as stop:
+    _common.parser("A benchmark.", rounds=3).parse_args(arguments)
+  assert stop.value.code == 2
+  flag = arguments[0].split("=")[0]
+  assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
 def test_turns_are_timed_by_the_clock_of_the_benchmark():
