@@ -43,6 +43,7 @@ def result(
   return _common.result(
     title="What importing costs",
     command=f"python -m benchmarks.import_time --rounds {rounds}",
+    data={"processes": "one for each import, after one that is not timed"},
     seeds=list(range(rounds)),
     metric={
       "name": "time",
@@ -58,7 +59,7 @@ def result(
       for line, taken in seconds.items()
     ],
     wall_seconds=wall_seconds,
-    notes=['Each "seed" is a round: one process for each import.'],
+    notes=['Each "seed" is a round in which the imports take turns.'],
   )
 
 

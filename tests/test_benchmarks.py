@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import _common, run, temporaries
+from benchmarks import _common, import_time, run, temporaries
 from benchmarks.step_floor import Pair, a_batch
+from kd_jax import results
 from kd_jax.errors import BadInput
 
 PAIRS = {
@@ -144,6 +145,14 @@ def test_what_cannot_be_is_said_before_anything_is_measured(
   assert stop.value.code == 2
   flag = arguments[0].split("=")[0]
   assert f"argument {flag}: {message}" in capsys.readouterr().err
+
+
+def test_the_result_of_importing_may_be_kept(tmp_path, capsys):
+  jax, ours = import_time.IMPORTS
+  found = import_time.result({jax: [1.0, 2.0], ours: [1.5, 2.0]}, 9.0)
+  _common.show(found, tmp_path / "x.json")
+  assert results.load(tmp_path / "x.json")["rows"][1]["values"] == [1.5, 1.0]
+  assert "import kd_jax.losses" in capsys.readouterr().out
 
 
 def test_turns_are_timed_by_the_clock_of_the_benchmark():
