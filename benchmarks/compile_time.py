@@ -5,7 +5,7 @@ the first distillation step of a pair of `benchmarks.step_floor`: it draws the
 weights, compiles and makes the step. In each round one process finds no
 compiled program, and the next one those that it has left.
 
-Run: python -m benchmarks.compile_time --json results/benchmarks/compile_time.json
+Run: python -m benchmarks.compile_time
 """
 
 import argparse
